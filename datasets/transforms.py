@@ -1,0 +1,34 @@
+"""Picture file to a square uint8 tensor: the only path for training and for the reference statistics of FID."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def open_rgb(path: str) -> Image.Image:
+    """An RGB picture: turned upright by its EXIF tag, transparency laid on white."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop (arXiv:2105.05233), which the published FID statistics were made with.
+
+    Halve by box filter while the short side is at least twice `size`, bring it to `size` by bicubic, cut the middle out.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_uint8(image: Image.Image) -> Tensor:
+    """RGB picture to (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,93 @@
+"""A small causal LM made on the spot, for where no model hub can be reached: an ordinary Hugging Face folder like llm-jp-3's.
+
+`python -m demo.tiny_llm --data_path DIR --out DIR` trains it on the captions of a data set. The tokenizer is a Unigram model with
+byte fallback, llm-jp-3's special tokens under its ids, and a BOS put before every text; the model is a LlamaForCausalLM.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from datasets.text_image import TextImageFolder
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<MASK|LLM-jp>", "<PAD|LLM-jp>", "<CLS|LLM-jp>", "<SEP|LLM-jp>", "<EOD|LLM-jp>"]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+    """Unigram with byte fallback: no text, whatever its characters, meets <unk>."""
+    trained = Tokenizer(models.Unigram())
+    trained.normalizer = normalizers.NFKC()
+    trained.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False))
+    pieces = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
+    lowest = min(score for _, score in pieces) - 1
+    byte_pieces = [(f"<0x{byte:02X}>", lowest) for byte in range(256)]
+    tokenizer = Tokenizer(models.Unigram([*pieces[: len(SPECIAL)], *byte_pieces, *pieces[len(SPECIAL) :]], unk_id=0, byte_fallback=True))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<PAD|LLM-jp>")
+
+
+def build_llama(tokenizer: PreTrainedTokenizerFast, width: int = 256, depth: int = 4) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=depth,
+        num_attention_heads=max(1, width // 64),
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train_llama(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, lr: float = 1e-3) -> float:
+    """Next-token prediction on `texts`, batches of 64.  Returns: the mean loss of the last ten steps, nats per token."""
+    optimizer = torch.optim.AdamW(llm.parameters(), lr=lr)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for step in (bar := tqdm(range(steps), desc="language model", mininterval=2)):
+        chosen = torch.randint(len(texts), (64,), generator=generator).tolist()
+        batch = tokenizer([texts[i] + tokenizer.eos_token for i in chosen], padding=True, return_tensors="pt", return_token_type_ids=False)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
+        loss = llm(**batch, labels=labels).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return torch.stack(losses[-10:]).mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", type=Path, required=True, help="folder with images/ and captions/")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--steps", type=int, default=400)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    texts = TextImageFolder(args.data_path).distinct_captions()
+    tokenizer = train_tokenizer(texts)
+    llm = build_llama(tokenizer)
+    loss = train_llama(llm, tokenizer, texts, args.steps)
+    llm.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    size = sum(p.numel() for p in llm.parameters()) / 1e6
+    print(f"language model: {size:.1f}M parameters, {len(tokenizer)} tokens, loss {loss:.2f} on {len(texts)} captions, in {os.path.relpath(args.out)}")
+
+
+if __name__ == "__main__":
+    main()

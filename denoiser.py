@@ -1,0 +1,115 @@
+"""The diffusion method of JiT (arXiv:2511.13720): path, velocity, loss, guidance, solvers.
+
+Notation as in the paper: x clean picture in [-1, 1], eps noise, t time (0 noise, 1 data), z_t the picture between, v = dz/dt.
+The network is only a callable net(z_t, t, y) -> x_pred here. z, t, v and the solver's step stay float32; whoever builds `net`
+may run it under bf16 autocast: v divides by 1 - t, and bf16's rounding of z or v would show as salt-and-pepper noise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Net = Callable[[Tensor, Tensor, Tensor], Tensor]
+VelocityFn = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What the noise is; training and sampling must agree on it (defaults: the paper's table 9, 256 pixels)."""
+
+    P_mean: float = -0.8  # t = sigmoid(P_mean + P_std N(0, 1))
+    P_std: float = 0.8
+    noise_scale: float = 1.0  # standard deviation of eps; 2 at 512 pixels, 4 at 1024
+    t_eps: float = 0.05  # 1 - t is never taken below this where it divides
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    method: str = "heun"  # or "euler"
+    steps: int = 50
+    cfg_scale: float = 1.0  # 1 = no guidance
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # range of t where guidance acts
+
+
+def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z_t = t x + (1 - t) eps.  x, eps: (B, 3, H, W); t: (B,) in [0, 1]."""
+    t = t.view(-1, 1, 1, 1)
+    return t * x + (1 - t) * eps
+
+
+def velocity(x: Tensor, z_t: Tensor, t: Tensor, t_eps: float = 0.05) -> Tensor:
+    """v of the straight path through z_t that ends at x; t_eps bounds it near t = 1.  t: (B,)."""
+    return (x - z_t) / (1 - t).clamp_min(t_eps).view(-1, 1, 1, 1)
+
+
+def sample_time(normal: Tensor, config: DiffusionConfig) -> Tensor:
+    """Logit-normal times in (0, 1) from standard normal numbers."""
+    return torch.sigmoid(config.P_mean + config.P_std * normal)
+
+
+def denoising_loss(net: Net, x: Tensor, eps: Tensor, t: Tensor, y: Tensor, t_eps: float = 0.05) -> Tensor:
+    """x-prediction under the v-loss, mean over pictures and pixels.
+
+    Both velocities share the bound on 1 - t, so this is exactly the x-loss weighted by 1 / max(1 - t, t_eps)^2.
+    Args: x, eps: (B, 3, H, W), eps already scaled by the noise scale; t: (B,); y: what `net` is conditioned on.
+    """
+    z_t = interpolate(x, eps, t)
+    x_pred = net(z_t, t, y).float()
+    return (velocity(x, z_t, t, t_eps) - velocity(x_pred, z_t, t, t_eps)).square().mean()
+
+
+def net_velocity(net: Net, y: Tensor, t_eps: float = 0.05) -> VelocityFn:
+    """v_fn(z, t) of the network under condition y; t is one number for the whole batch."""
+
+    def v_fn(z: Tensor, t: float) -> Tensor:
+        t_batch = torch.full((len(z),), t, dtype=torch.float32, device=z.device)
+        return velocity(net(z, t_batch, y).float(), z, t_batch, t_eps)
+
+    return v_fn
+
+
+def guided(v_cond: VelocityFn, v_null: VelocityFn, scale: float, interval: tuple[float, float]) -> VelocityFn:
+    """Classifier-free guidance where interval[0] < t < interval[1] (from t = 0 on if interval[0] is 0).
+
+    Elsewhere, and at scale 1, the null branch is not computed.  Interval: arXiv:2404.07724; scale on v as in JiT.
+    """
+    low, high = interval
+
+    def v_fn(z: Tensor, t: float) -> Tensor:
+        v = v_cond(z, t)
+        if scale == 1 or not (t < high and (low < t or low == 0)):
+            return v
+        null = v_null(z, t)
+        return null + scale * (v - null)
+
+    return v_fn
+
+
+def solve(v_fn: VelocityFn, z: Tensor, method: str, steps: int) -> Tensor:
+    """Integrate dz/dt = v_fn(z, t) over `steps` uniform steps from t = 0 to 1.
+
+    "euler", or "heun" whose last step is an Euler step, since v is not defined at t = 1.
+    Times are i / steps in double precision, so that t = 5 / 50 compares equal to an interval that starts at 0.1.
+    """
+    assert z.dtype == torch.float32, f"the solver's state must be float32, not {z.dtype}"
+    for t, t_next in pairwise(i / steps for i in range(steps + 1)):
+        v = v_fn(z, t)
+        if method == "heun" and t_next < 1:
+            v = (v + v_fn(z + (t_next - t) * v, t_next)) / 2
+        z = z + (t_next - t) * v
+    return z
+
+
+@torch.no_grad()
+def sample(net: Net, noise: Tensor, y: Tensor, y_null: Tensor, diffusion: DiffusionConfig, sampler: SamplerConfig) -> Tensor:
+    """Draw pictures.  noise: (B, 3, H, W), standard normal; y, y_null: (B, ...).  Returns: (B, 3, H, W), about [-1, 1]."""
+    v_fn = guided(
+        net_velocity(net, y, diffusion.t_eps),
+        net_velocity(net, y_null, diffusion.t_eps),
+        sampler.cfg_scale,
+        sampler.cfg_interval,
+    )
+    return solve(v_fn, diffusion.noise_scale * noise, sampler.method, sampler.steps)

@@ -1,0 +1,329 @@
+"""One epoch of training, one evaluation, one round of prompts."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from denoiser import DiffusionConfig, Net, SamplerConfig, denoising_loss, sample, sample_time
+from util import distributed as dist
+from util import metrics
+from util.ema import Ema
+from util.errors import UserError
+from util.logging import Board, progress, say
+from util.lr_sched import lr_at
+from util.randomness import derive, normal, uniform
+from util.sheet import captioned_sheet, save_sheet
+
+# What --generate draws where no --prompt is given, and what every evaluation shows in TensorBoard. Edit freely.
+test_prompts = [
+    "猫の写真",
+    "犬の写真",
+    "風景の写真",
+    "建物の写真",
+    "花の写真",
+    "車の写真",
+    "鳥の写真",
+    "食べ物の写真",
+    "人物の写真",
+    "動物の写真",
+]
+
+Conditions = Callable[[Sequence], Tensor]  # captions or labels -> y (B, ...) on the CPU; its attribute `null` is y of nothing, (1, ...)
+
+
+class LabelConditions:
+    """Class labels are their own y; the null label is the one after the last."""
+
+    def __init__(self, num_classes: int):
+        self.null = torch.tensor([num_classes])
+
+    def __call__(self, labels: Sequence[int] | Tensor) -> Tensor:  # -> (B,) int64
+        return torch.as_tensor(labels)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    lr: float
+    epochs: int
+    steps_per_epoch: int
+    warmup_epochs: float = 5
+    lr_schedule: str = "constant"
+    min_lr: float = 0.0
+    accum_iter: int = 1
+    label_drop_prob: float = 0.1
+    grad_clip: float | None = None
+    bf16: bool = False
+    seed: int = 0
+    log_freq: int = 100
+    bad_images: str = "skip"
+
+
+@dataclass
+class TrainState:
+    """What training changes."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    emas: list[Ema]
+    step: int = 0  # optimizer steps done
+    broken: set[str] = field(default_factory=set)  # picture files met that cannot be read
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting for the GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def in_precision(net: nn.Module, device: torch.device, bf16: bool) -> Net:
+    """The network under bf16 autocast, or as it is; weights, z_t and t stay float32 either way."""
+
+    def call(z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return net(z_t, t, y)
+
+    return call
+
+
+def drop_conditions(y: Tensor, null: Tensor, numbers: Sequence[int], probability: float, seed: int) -> Tensor:
+    """y (B, ...) with the null in place of a share of its rows, chosen by the samples' numbers."""
+    dropped = uniform(seed, "drop", numbers) < probability
+    return torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)
+
+
+def batch_loss(net: Net, batch: tuple, conditions: Conditions, diffusion: DiffusionConfig, config: TrainConfig, device: torch.device) -> Tensor:
+    """The loss of one batch of the loader; its noise, times and dropped conditions follow from the samples' numbers."""
+    pictures, raw, numbers, _ = batch
+    x = to_device(pictures, device).float() / 127.5 - 1
+    y = to_device(drop_conditions(conditions(raw), conditions.null, numbers, config.label_drop_prob, config.seed), device)
+    t = to_device(sample_time(normal(config.seed, "t", numbers, ()), diffusion), device)
+    eps = diffusion.noise_scale * normal(config.seed, "eps", numbers, x.shape[1:], device)
+    return denoising_loss(net, x, eps, t, y, diffusion.t_eps)
+
+
+class Report:
+    """Progress bar and TensorBoard of a training run; waits for the GPU only when a line is due."""
+
+    def __init__(self, bar: tqdm, board: Board, log_freq: int, images_per_step: int):
+        self.bar, self.board, self.log_freq, self.images_per_step = bar, board, log_freq, images_per_step
+        self._start()
+
+    def _start(self) -> None:
+        self.losses, self.first_bad, self.since = [], None, time.perf_counter()
+
+    def due(self, step: int, last: bool) -> bool:
+        return last or step % self.log_freq == 0
+
+    def add(self, loss: Tensor, step: int) -> None:
+        """Note the loss of step `step` without reading it."""
+        bad = torch.where(loss.isfinite(), math.inf, float(step))
+        self.first_bad = bad if self.first_bad is None else torch.minimum(self.first_bad, bad)
+        self.losses.append(loss)
+        self.bar.update()
+
+    def line(self, step: int, lr: float, grad_norm: Tensor) -> None:
+        """Read and log the mean since the last line.  Collective.  Raises: UserError if a loss was not finite."""
+        mean = dist.mean_over_ranks(torch.stack(self.losses).mean())
+        first_bad = dist.min_over_ranks(self.first_bad)
+        loss, bad_step, norm = torch.stack([mean, first_bad, grad_norm.float()]).tolist()
+        if bad_step < math.inf:
+            raise UserError(
+                f"the loss is not finite at step {bad_step:.0f} (lr {lr:.2e}); the last checkpoint is untouched. Try a smaller --lr or --grad_clip 1"
+            )
+        speed = len(self.losses) * self.images_per_step / (time.perf_counter() - self.since)
+        self.board.scalars({"train_loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": speed}, step)
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
+        self._start()
+
+
+def note_broken(state: TrainState, broken: Sequence[str], size: int, policy: str) -> None:
+    """Remember unreadable pictures.  Raises: UserError under --bad_images error, and where they are over 1 % of the data."""
+    state.broken.update(broken)
+    if broken and policy == "error":
+        raise UserError(f"unreadable picture {broken[0]}; go on without such by --bad_images skip")
+    if len(state.broken) > 0.01 * size:
+        raise UserError(f"{len(state.broken)} of {size} pictures cannot be read, over 1 %; the first is {min(state.broken)}")
+
+
+def train_one_epoch(
+    state: TrainState,
+    parallel: nn.Module,
+    loader: DataLoader,
+    conditions: Conditions,
+    diffusion: DiffusionConfig,
+    config: TrainConfig,
+    epoch: int,
+    report: Report,
+    device: torch.device,
+) -> None:
+    """The steps of one epoch.  `parallel` is `state.net` as DDP runs it.  Collective."""
+    state.net.train()
+    parameters = [p for p in state.net.parameters() if p.requires_grad]
+    net = in_precision(parallel, device, config.bf16)
+    batches = iter(loader)
+    for i in range(config.steps_per_epoch):
+        lr = lr_at(epoch + i / config.steps_per_epoch, config.lr, config.warmup_epochs, config.epochs, config.lr_schedule, config.min_lr)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(derive(config.seed, "dropout", state.step * dist.world_size() + dist.rank()))
+        losses = []
+        for part in range(config.accum_iter):
+            batch = next(batches)
+            note_broken(state, batch[3], len(loader.dataset), config.bad_images)
+            with dist.no_sync(parallel, part < config.accum_iter - 1):
+                loss = batch_loss(net, batch, conditions, diffusion, config, device)
+                (loss / config.accum_iter).backward()
+            losses.append(loss.detach())
+        due = report.due(state.step + 1, last=i == config.steps_per_epoch - 1)
+        if config.grad_clip:
+            grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        elif due:
+            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        for ema in state.emas:
+            ema.update(state.net, state.step)
+        state.step += 1
+        report.add(torch.stack(losses).mean(), state.step)
+        if due:
+            report.line(state.step, lr, grad_norm)
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A network with all that drawing takes; picture i depends on seed, i and its condition alone."""
+
+    net: Net
+    null: Tensor  # (1, ...)
+    img_size: int
+    diffusion: DiffusionConfig
+    sampler: SamplerConfig
+    batch_size: int
+    device: torch.device
+    seed: int = 0
+
+    def draw(self, y_of: Callable[[Sequence[int]], Tensor], count: int, what: str) -> Iterator[tuple[list[int], Tensor]]:
+        """This rank's share of pictures 0 .. count - 1: their numbers and (B, 3, H, W) uint8 on the CPU.
+
+        y_of: numbers -> conditions (B, ...).  A progress bar stands on rank 0.
+        """
+        mine = range(dist.rank(), count, dist.world_size())
+        with progress(len(mine), what, unit="picture") as bar:
+            for start in range(0, len(mine), self.batch_size):
+                numbers = list(mine[start : start + self.batch_size])
+                noise = normal(self.seed, "sample", numbers, (3, self.img_size, self.img_size)).to(self.device)
+                y, null = y_of(numbers).to(self.device), self.null.to(self.device)
+                pictures = sample(self.net, noise, y, null.expand(len(y), *null.shape[1:]), self.diffusion, self.sampler)
+                yield numbers, ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+                bar.update(len(numbers))
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(3, H, W) uint8 to an RGB picture."""
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+def generate(painter: Painter, conditions: Conditions, prompts: Sequence, folder: Path) -> Path:
+    """Draw each prompt into folder/NNNN.png, and all of them on folder/sheet.png.  Collective.  Returns: the sheet's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for numbers, pictures in painter.draw(lambda numbers: conditions([prompts[i] for i in numbers]), len(prompts), "pictures"):
+        for i, picture in zip(numbers, pictures):
+            to_image(picture).save(folder / f"{i:04d}.png")
+    dist.barrier()
+    if dist.is_main():
+        captions = [str(prompt) for prompt in prompts]
+        (folder / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+        shown = [Image.open(folder / f"{i:04d}.png") for i in range(min(len(prompts), 400))]
+        save_sheet(folder / "sheet.png", shown, captions[: len(shown)])
+    return folder / "sheet.png"
+
+
+def prompt_grid(painter: Painter, conditions: Conditions, prompts: Sequence) -> np.ndarray:
+    """The prompts' pictures as one captioned sheet, (H, W, 3) uint8.  Collective."""
+    drawn = list(painter.draw(lambda numbers: conditions([prompts[i] for i in numbers]), len(prompts), "test prompts"))
+    empty = torch.empty(0, 3, painter.img_size, painter.img_size, dtype=torch.uint8)
+    numbers = dist.gather_rows(torch.tensor([i for part, _ in drawn for i in part], dtype=torch.long))
+    pictures = dist.gather_rows(torch.cat([empty, *(part for _, part in drawn)]))[numbers.argsort()]
+    return np.asarray(captioned_sheet([to_image(p) for p in pictures], [str(prompt) for prompt in prompts], columns=5)[0])
+
+
+class _ReferenceView(Dataset):
+    """Every picture of a data set as training crops it, unflipped; None where it cannot be read."""
+
+    def __init__(self, dataset, numbers: range):
+        self.dataset, self.numbers = dataset, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Tensor | None:
+        try:
+            return self.dataset.picture(self.numbers[i])
+        except Exception:  # counted and named by training, which reads the same files
+            return None
+
+
+def _readable_rows(rows: list[Tensor | None]) -> list[Tensor]:
+    return [row for row in rows if row is not None]
+
+
+def reference_statistics(dataset, extractor: metrics.Extractor, path: Path, batch_size: int, num_workers: int) -> metrics.Statistics:
+    """FID's reference: all pictures under the training transform, made once and kept at `path`.  Collective."""
+    if dist.from_main(path.is_file() and metrics.statistics_count(path) == len(dataset)):
+        return metrics.load_statistics(path)
+    say(f"reference statistics of {len(dataset)} pictures, made once, kept in {path}")
+    view = _ReferenceView(dataset, range(dist.rank(), len(dataset), dist.world_size()))
+    moments = metrics.Moments()
+    loader = DataLoader(view, batch_size, num_workers=num_workers, collate_fn=_readable_rows)
+    with progress(len(view), "reference", unit="picture") as bar:
+        for rows in loader:
+            if rows:
+                moments.add(extractor(torch.stack(rows))[0])
+            bar.update(len(rows))
+    values = moments.statistics()
+    if dist.is_main():
+        metrics.save_statistics(path, values, len(dataset))
+    dist.barrier()
+    return values
+
+
+def evaluate(
+    painter: Painter,
+    y_of: Callable[[Sequence[int]], Tensor],
+    num_images: int,
+    extractor: metrics.Extractor | None,
+    reference: metrics.Statistics | None,
+    folder: Path | None = None,
+) -> dict[str, float]:
+    """Draw `num_images` pictures over all ranks and compare them with the reference.  Collective.
+
+    Args: y_of: numbers of pictures -> conditions; folder: where to keep the pictures as PNG, if at all.
+    Returns: {"fid", "is"}, or {} where there is no extractor.
+    """
+    if num_images < dist.world_size():
+        raise UserError(f"--num_images {num_images} is less than the {dist.world_size()} processes")
+    moments, logits, order = metrics.Moments(), [], []
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    for numbers, pictures in painter.draw(y_of, num_images, "evaluation"):
+        if folder:
+            for i, picture in zip(numbers, pictures):
+                to_image(picture).save(folder / f"{i:06d}.png")
+        if extractor:
+            features, scores = extractor(pictures)
+            moments.add(features)
+            logits.append(scores)
+            order += numbers
+    dist.barrier()
+    if not extractor:
+        return {}
+    in_order = dist.gather_rows(torch.cat(logits))[dist.gather_rows(torch.tensor(order)).argsort()]
+    return {"fid": metrics.frechet_distance(moments.statistics(), reference), "is": metrics.inception_score(in_order)}

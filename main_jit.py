@@ -1,0 +1,548 @@
+"""Train, sample and evaluate JiT on captions or class labels: `torchrun ... main_jit.py --help`, or plain `python` for one process.
+
+The only file that reads flags: flags -> objects -> the epoch loop.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import engine_jit as engine
+from datasets.imagenet import ClassFolder
+from datasets.stream import PictureDataset, StreamSampler, collate
+from datasets.text_image import TextImageFolder
+from denoiser import DiffusionConfig, SamplerConfig
+from models_jit import JiT, build_model, parse_model_name
+from text_encoder import CaptionTable, FeatureNorm, load_text_encoder
+from util import checkpoint, metrics
+from util import distributed as dist
+from util.ema import Ema
+from util.errors import UserError
+from util.logging import Board, progress, say
+from util.randomness import derive
+
+LOW_LR = 2e-5  # below this a run of the recipe's length hardly learns: PixelGen and JiT train at 2e-4
+
+
+class Parser(argparse.ArgumentParser):
+    """Says which flag was probably meant."""
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unknown flag {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}")
+        return args
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}\n" if os.environ.get("RANK", "0") == "0" else "")
+
+
+def get_parser() -> Parser:
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="JiT-B/16", help="JiT-SIZE/PATCH or JiT-SIZE/PATCH-Text; sizes Nano Ti S B L H G")
+    group.add_argument("--img_size", type=int, default=256, help="width and height of the pictures, a multiple of the patch size")
+    group.add_argument("--attn_dropout", type=float, default=0.0, help="dropout of the attention weights, in the middle half of the blocks")
+    group.add_argument(
+        "--proj_dropout", type=float, default=0.0, help="dropout after attention and in the MLP, in the middle half of the blocks (paper: 0.2 for H)"
+    )
+    group.add_argument("--class_num", type=int, default=1000, help="classes of a class model")
+
+    group = parser.add_argument_group("text")
+    group.add_argument("--use_text_conditioning", action="store_true", help="condition on captions; implied by a -Text model, an error with another")
+    group.add_argument("--llm_model_name", default="llm-jp/llm-jp-3-3.7b", help="frozen language model: a Hugging Face hub name or a folder")
+    group.add_argument("--freeze_llm", action=argparse.BooleanOptionalAction, default=True, help="the LLM is always frozen; --no-freeze_llm is refused")
+    group.add_argument("--max_text_len", type=int, default=77, help="tokens of a caption that are read; the rest is cut off")
+    group.add_argument(
+        "--text_norm",
+        choices=("none", "standardize"),
+        default="none",
+        help="standardize: text features to mean 0, variance 1 per dimension over the training captions; use it where captions resemble each other",
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data_path", default="./data", help="folder with images/ and captions/ (text) or train/<class>/ (classes)")
+    group.add_argument("--missing_captions", choices=("error", "skip"), default="error", help="pictures without captions and captions without a picture")
+    group.add_argument(
+        "--bad_images",
+        choices=("error", "skip"),
+        default="skip",
+        help="unreadable pictures; skipped ones are listed in output_dir/bad_images.txt, over 1 %% is an error",
+    )
+    group.add_argument(
+        "--hflip",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="random horizontal flip (default: on for classes, off for text, where left, right and letters would be wrong)",
+    )
+    group.add_argument("--num_workers", type=int, default=12, help="loader processes per training process, at most one a core")
+    group.add_argument("--pin_mem", action="store_true", default=True, help="page-locked memory for faster copies to the GPU")
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, default=200)
+    group.add_argument("--warmup_epochs", type=float, default=5, help="epochs of linear warm-up of the learning rate from 0")
+    group.add_argument("--batch_size", type=int, default=128, help="pictures per process and step part; effective batch = batch_size x accum_iter x processes")
+    group.add_argument("--accum_iter", type=int, default=1, help="parts whose gradients are added up before each optimizer step")
+    group.add_argument("--lr", type=float, default=None, help="absolute learning rate (default: blr x effective batch / 256)")
+    group.add_argument("--blr", type=float, default=5e-5, help="base learning rate, per 256 pictures")
+    group.add_argument("--min_lr", type=float, default=0.0, help="where --lr_schedule cosine ends")
+    group.add_argument("--lr_schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up")
+    group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's, not on biases and norms")
+    group.add_argument("--grad_clip", type=float, default=None, help="largest gradient norm (default: no clipping)")
+    group.add_argument("--ema_decay1", type=float, default=0.9999, help="first weight average, the one that is sampled")
+    group.add_argument("--ema_decay2", type=float, default=0.9996, help="second weight average")
+    group.add_argument(
+        "--no_ema_warmup", action="store_false", dest="ema_warmup", help="use the decays from the first step on instead of min(decay, (1 + n) / (10 + n))"
+    )
+    group.add_argument("--label_drop_prob", type=float, default=0.1, help="share of captions or labels replaced by the null, for guidance")
+    group.add_argument("--P_mean", type=float, default=-0.8, help="t = sigmoid(P_mean + P_std x normal)")
+    group.add_argument("--P_std", type=float, default=0.8)
+    group.add_argument("--noise_scale", type=float, default=1.0, help="standard deviation of the noise: img_size / 256 in the paper")
+    group.add_argument("--t_eps", type=float, default=0.05, help="1 - t is never taken below this where it divides")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="autocast of the network; weights are float32 always; auto: bf16 on a GPU, fp32 on a CPU",
+    )
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--start_epoch", type=int, default=None, help="number of the first epoch (default: what the checkpoint says, else 0)")
+
+    group = parser.add_argument_group("sampling and evaluation")
+    group.add_argument("--sampling_method", choices=("heun", "euler"), default="heun")
+    group.add_argument("--num_sampling_steps", type=int, default=50)
+    group.add_argument("--cfg", type=float, default=1.0, help="scale of classifier-free guidance; 1 is none")
+    group.add_argument("--interval_min", type=float, default=0.0, help="guidance acts where interval_min < t < interval_max")
+    group.add_argument("--interval_max", type=float, default=1.0)
+    group.add_argument("--num_images", type=int, default=50000, help="pictures of an evaluation")
+    group.add_argument("--gen_bsz", type=int, default=256, help="pictures drawn at a time per process")
+    group.add_argument("--eval_freq", type=int, default=40, help="epochs between evaluations")
+    group.add_argument("--online_eval", action="store_true", help="evaluate while training, every eval_freq epochs and at the end")
+    group.add_argument("--evaluate_gen", action="store_true", help="evaluate the checkpoint of --resume and stop; the pictures are kept in output_dir/eval/")
+    group.add_argument("--generate", action="store_true", help="draw prompts with the checkpoint of --resume into output_dir/samples/ and stop")
+    group.add_argument(
+        "--prompt",
+        action="append",
+        default=None,
+        help="a prompt for --generate, may be given several times (default: engine_jit.test_prompts; a class model takes label numbers)",
+    )
+    group.add_argument("--prompts_file", default=None, help="UTF-8 file with a prompt a line, for --generate")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="./output_dir", help="checkpoints, TensorBoard events, pictures")
+    group.add_argument("--resume", default=None, help="checkpoint file, or folder with checkpoint-last.pth; may be output_dir itself while that is new")
+    group.add_argument("--save_last_freq", type=int, default=5, help="epochs between writings of checkpoint-last.pth")
+    group.add_argument("--log_freq", type=int, default=100, help="steps between lines of the log")
+    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises: UserError for a value that cannot work, before anything is loaded."""
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(message)
+
+    try:
+        _, patch, args.is_text = parse_model_name(args.model)
+    except ValueError as error:
+        raise UserError(f"--model {error}") from error
+    require(args.img_size > 0, f"--img_size {args.img_size} must be positive")
+    smaller = args.img_size // patch * patch
+    require(
+        args.img_size % patch == 0, f"--img_size {args.img_size} is not a multiple of the patch size {patch} of --model {args.model}; try {smaller or patch}"
+    )
+    require(args.is_text or not args.use_text_conditioning, f"--use_text_conditioning needs a text model; try --model {args.model}-Text")
+    require(args.freeze_llm, "--no-freeze_llm: the LLM is always frozen, since its features are computed once for the whole run; leave the flag out")
+    defaults = get_parser().parse_args([])
+    for flag in () if args.is_text else ("llm_model_name", "max_text_len", "text_norm", "missing_captions"):
+        require(getattr(args, flag) == getattr(defaults, flag), f"--{flag} has no effect on the class model {args.model}; try --model {args.model}-Text")
+
+    for flag in (
+        "epochs",
+        "batch_size",
+        "accum_iter",
+        "max_text_len",
+        "num_sampling_steps",
+        "num_images",
+        "eval_freq",
+        "gen_bsz",
+        "class_num",
+        "save_last_freq",
+        "log_freq",
+    ):
+        require(getattr(args, flag) >= 1, f"--{flag} {getattr(args, flag)} must be at least 1")
+    for flag in ("num_workers", "seed", "warmup_epochs", "min_lr", "weight_decay", "cfg"):
+        require(getattr(args, flag) >= 0, f"--{flag} {getattr(args, flag)} must not be negative")
+    for flag in ("blr", "P_std", "noise_scale", "lr", "grad_clip"):
+        require(getattr(args, flag) is None or 0 < getattr(args, flag) < float("inf"), f"--{flag} {getattr(args, flag)} must be positive")
+    for flag in ("attn_dropout", "proj_dropout", "ema_decay1", "ema_decay2", "t_eps"):
+        require(0 <= getattr(args, flag) < 1, f"--{flag} {getattr(args, flag)} must be in [0, 1)")
+    require(args.t_eps > 0, "--t_eps 0 would divide by zero at t = 1; the paper uses 0.05")
+    require(0 <= args.label_drop_prob <= 1, f"--label_drop_prob {args.label_drop_prob} must be in [0, 1]")
+    low, high = args.interval_min, args.interval_max
+    require(0 <= low <= high <= 1, f"--interval_min {low} --interval_max {high}: wanted 0 <= interval_min <= interval_max <= 1")
+    start = args.start_epoch or 0
+    require(0 <= start < args.epochs, f"--start_epoch {start} must be in [0, epochs), and --epochs is {args.epochs}")
+
+    require(not (args.generate and args.evaluate_gen), "--generate and --evaluate_gen are two runs; give one of them")
+    drawing = "--generate" if args.generate else "--evaluate_gen" if args.evaluate_gen else ""
+    require(not drawing or args.resume is not None, f"{drawing} needs a trained model: --resume FOLDER_OR_FILE")
+    for flag in ("prompt", "prompts_file"):
+        require(getattr(args, flag) is None or args.generate, f"--{flag} is for --generate")
+    require(args.prompt is None or args.prompts_file is None, "--prompt and --prompts_file: give one of them")
+
+
+def read_prompts(args: argparse.Namespace) -> list[str] | list[int]:
+    """What to draw: --prompt, the lines of --prompts_file, or the test prompts; label numbers for a class model."""
+    if args.prompts_file:
+        try:
+            text = Path(args.prompts_file).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts_file {args.prompts_file} cannot be read as UTF-8 text: {error}") from error
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+        if not prompts:
+            raise UserError(f"--prompts_file {args.prompts_file} holds no prompt")
+    else:
+        prompts = args.prompt
+    if args.is_text:
+        return prompts or list(engine.test_prompts)
+    if not prompts:
+        return list(range(min(10, args.class_num)))
+    wrong = [prompt for prompt in prompts if not (prompt.isdecimal() and int(prompt) < args.class_num)]
+    if wrong:
+        raise UserError(f"--prompt {wrong[0]}: {args.model} takes label numbers from 0 to {args.class_num - 1}; for text use a -Text model")
+    return [int(prompt) for prompt in prompts]
+
+
+def make_dataset(args: argparse.Namespace) -> PictureDataset:
+    if args.is_text:
+        dataset = TextImageFolder(args.data_path, args.img_size, bool(args.hflip), args.seed, args.missing_captions)
+        if dataset.skipped:
+            say(f"--missing_captions skip: left out {dataset.skipped}")
+        return dataset
+    return ClassFolder(args.data_path, args.class_num, args.img_size, args.hflip is not False, args.seed)
+
+
+def check_resumed(args: argparse.Namespace, state: dict[str, Any], path: Path) -> None:
+    """Raises: UserError where the checkpoint is of another network or another noise than the flags say."""
+    saved = state["args"]
+    if args.is_text and "text" not in state:
+        raise UserError(f"--model {args.model} is a text model, but {path} does not say how its text features were made; is it of a class model?")
+    flags = ("model", "img_size", "noise_scale") + (() if args.is_text else ("class_num",))
+    for flag in flags:
+        if flag in saved and saved[flag] != getattr(args, flag):
+            raise UserError(f"--{flag} is {getattr(args, flag)}, but {path} was trained with {saved[flag]}; give --{flag} {saved[flag]}")
+
+
+@dataclass
+class TextPath:
+    """What remains of the text encoder once the captions are encoded: features, and how they were made."""
+
+    conditions: Callable
+    description: dict[str, Any] | None = None  # goes into the checkpoint
+    width: int | None = None
+    frozen: int = 0  # parameters of the LLM
+
+
+def prepare_text(args: argparse.Namespace, captions: list[str], prompts: list[str], saved: dict[str, Any] | None, device: torch.device) -> TextPath:
+    """Encode every caption and prompt of the run once; the LLM is freed on return.  Collective.
+
+    Raises: UserError where `saved`, the description in a checkpoint, tells of other features.
+    """
+    say(f"text: {len(captions)} captions and {len(prompts)} prompts through {args.llm_model_name}")
+    encoder = load_text_encoder(args.llm_model_name, args.max_text_len, device)
+    description = {**encoder.describe(), "text_norm": args.text_norm}
+    for key, value in (saved or {}).items():
+        renamed = key in ("llm", "revision") and (os.path.isdir(args.llm_model_name) or os.path.isdir(str(saved["llm"])))
+        if key in description and value != description[key] and not renamed:
+            flag = {"text_norm": "--text_norm", "max_text_len": "--max_text_len"}.get(key, "--llm_model_name")
+            raise UserError(f"the checkpoint's text features were made with {key} {value}, this run's with {description[key]}; see {flag}")
+    table = CaptionTable(encoder, [*captions, *prompts])
+    if args.text_norm == "standardize":
+        table.norm = FeatureNorm(saved["mean"], saved["std"]) if saved else FeatureNorm.of(table(captions))
+        description |= {"mean": table.norm.mean, "std": table.norm.std}
+    return TextPath(table, description, encoder.width, sum(p.numel() for p in encoder.llm.parameters()))
+
+
+def build_network(args: argparse.Namespace, text: TextPath, device: torch.device) -> JiT:
+    torch.manual_seed(derive(args.seed, "initial weights", 0))
+    net = build_model(
+        args.model,
+        input_size=args.img_size,
+        attn_drop=args.attn_dropout,
+        proj_drop=args.proj_dropout,
+        num_classes=args.class_num,
+        text_dim=text.width,
+    )
+    return net.to(device)
+
+
+def load_weights(state: dict[str, Any], path: Path, net: JiT, emas: Sequence[Ema]) -> None:
+    expected = net.state_dict()
+    for key, target in (("model", net), *((f"model_ema{i + 1}", ema) for i, ema in enumerate(emas))):
+        if key not in state:
+            raise UserError(f"{path} has no {key}; wanted a checkpoint with model, model_ema1 and model_ema2")
+        target.load_state_dict(checkpoint.without_prefix(state[key], expected, f"{path}, {key},"))
+
+
+@dataclass
+class Run:
+    """The objects that training and evaluation share."""
+
+    args: argparse.Namespace
+    device: torch.device
+    dataset: PictureDataset | None
+    text: TextPath
+    state: engine.TrainState
+    painter: engine.Painter
+    extractor: metrics.Extractor | None
+    output_dir: Path
+
+    def y_of(self, numbers: Sequence[int]) -> Tensor:
+        """Conditions of an evaluation's pictures: captions spread over the data set, or balanced labels."""
+        if not self.args.is_text:
+            return self.text.conditions([i % self.args.class_num for i in numbers])
+        size, count = len(self.dataset), self.args.num_images
+        return self.text.conditions([self.dataset.condition(i * size // count if count < size else i % size, i) for i in numbers])
+
+    def evaluate(self, folder: Path | None) -> dict[str, float]:
+        """With the first EMA's weights.  Collective."""
+        reference = None
+        if self.extractor:
+            place = Path(self.args.data_path) if os.access(self.args.data_path, os.W_OK) else self.output_dir
+            path = place / f"fid_stats_{self.args.img_size}.npz"
+            reference = engine.reference_statistics(self.dataset, self.extractor, path, self.args.gen_bsz, workers(self.args))
+        self.state.net.eval()
+        with self.state.emas[0].applied(self.state.net):
+            figures = engine.evaluate(self.painter, self.y_of, self.args.num_images, self.extractor, reference, folder)
+        if figures:
+            sampler = self.painter.sampler
+            say(
+                f"FID-{self.args.num_images} {figures['fid']:.3f}  IS {figures['is']:.2f}  (EMA {self.args.ema_decay1}, cfg {sampler.cfg_scale}, "
+                f"interval {sampler.cfg_interval}, {sampler.method} {sampler.steps} steps, seed {self.args.seed}, step {self.state.step})"
+            )
+        return figures
+
+
+def workers(args: argparse.Namespace) -> int:
+    return min(args.num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def find_inception(device: torch.device) -> metrics.Extractor | None:
+    """The feature network of FID and IS, looked for before anything expensive starts.  Collective."""
+    extractor = metrics.load_inception(device)
+    if extractor is None:
+        say(f"FID and IS are left out: no Inception weights at {metrics.inception_place()}, and they cannot be fetched. Pictures are drawn all the same.")
+    return extractor
+
+
+def describe_run(args: argparse.Namespace, run: Run, config: engine.TrainConfig) -> None:
+    batch = args.batch_size * args.accum_iter * dist.world_size()
+    trained = sum(p.numel() for p in run.state.net.parameters() if p.requires_grad)
+    say(f"model: {args.model} at {args.img_size} pixels, {trained / 1e6:.2f}M parameters trained, {run.text.frozen / 1e6:.2f}M frozen in the LLM")
+    say(f"data: {len(run.dataset)} pictures, {config.steps_per_epoch} steps per epoch, {workers(args)} loader processes")
+    say(
+        f"batch: {batch} = {args.batch_size} x {args.accum_iter} accumulated x {dist.world_size()} processes; lr {config.lr:.3e}; {'bf16' if config.bf16 else 'fp32'} on {run.device}"
+    )
+    if args.lr is None and config.lr < LOW_LR:
+        say(f"warning: --blr {args.blr} and an effective batch of {batch} give a learning rate of {config.lr:.1e}, below {LOW_LR:.0e}: "
+            "training will be very slow. Set --lr (1e-4 to 2e-4 for JiT-B and larger), or raise --accum_iter")  # fmt: skip
+    if args.warmup_epochs >= args.epochs:
+        say(f"warning: --warmup_epochs {args.warmup_epochs:g} is not shorter than --epochs {args.epochs}; the learning rate never reaches its peak")
+    if batch > len(run.dataset):
+        say(f"warning: a step takes {batch} pictures and there are {len(run.dataset)}; each is shown several times a step")
+
+
+def save_checkpoint(run: Run, path: Path, epoch: int) -> None:
+    """Collective."""
+    if dist.is_main():
+        net, state = run.state.net, run.state
+        content = {
+            "model": checkpoint.with_prefix(net.state_dict()),
+            **{f"model_ema{i + 1}": checkpoint.with_prefix(ema.state_dict(net)) for i, ema in enumerate(state.emas)},
+            "optimizer": checkpoint.optimizer_state(state.optimizer, net),
+            "epoch": epoch,
+            "step": state.step,
+            "args": dict(vars(run.args)),
+        }
+        if run.text.description:
+            content["text"] = run.text.description
+        checkpoint.save(path, content)
+    dist.barrier()
+
+
+def write_broken(run: Run) -> None:
+    """All ranks' unreadable pictures into output_dir/bad_images.txt.  Collective."""
+    broken = sorted(set().union(*dist.gather_objects(run.state.broken)))
+    if broken and dist.is_main():
+        (run.output_dir / "bad_images.txt").write_text("\n".join(broken) + "\n", encoding="utf-8")
+    new = len(broken) - len(run.state.broken)
+    engine.note_broken(run.state, broken if new else [], len(run.dataset), "skip")
+
+
+def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list) -> None:
+    args, state, device = run.args, run.state, run.device
+    sampler = StreamSampler(len(run.dataset), args.batch_size, config.steps_per_epoch * args.accum_iter, dist.rank(), dist.world_size(), args.seed)
+    loader = DataLoader(
+        run.dataset,
+        args.batch_size,
+        sampler=sampler,
+        num_workers=workers(args),
+        collate_fn=collate,
+        pin_memory=args.pin_mem and device.type == "cuda",
+        persistent_workers=workers(args) > 0,
+    )
+    parallel = dist.wrap(state.net, device)
+    board = Board(run.output_dir, state.step)
+    bar = progress(args.epochs * config.steps_per_epoch, "training", initial=first_epoch * config.steps_per_epoch)
+    report = engine.Report(bar, board, args.log_freq, args.batch_size * args.accum_iter * dist.world_size())
+    for epoch in range(first_epoch, args.epochs):
+        last = epoch == args.epochs - 1
+        sampler.epoch = epoch
+        engine.train_one_epoch(state, parallel, loader, run.text.conditions, run.painter.diffusion, config, epoch, report, device)
+        write_broken(run)
+        if last or (epoch + 1) % args.save_last_freq == 0:
+            save_checkpoint(run, run.output_dir / checkpoint.LAST, epoch)
+        if epoch > 0 and epoch % 100 == 0:
+            save_checkpoint(run, run.output_dir / f"checkpoint-{epoch}.pth", epoch)
+        if args.online_eval and (last or (epoch + 1) % args.eval_freq == 0):
+            figures = run.evaluate(None if run.extractor else run.output_dir / "eval" / f"epoch-{epoch}")
+            board.scalars(figures, state.step)
+            with state.emas[0].applied(state.net):
+                board.image("test_prompts", engine.prompt_grid(run.painter, run.text.conditions, prompts), state.step)
+    bar.close()
+    board.close()
+
+
+def make_optimizer(net: JiT, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW as in the paper's table 9, no decay on biases, norms and one-dimensional tensors."""
+    groups = param_groups_weight_decay(net, weight_decay)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+
+
+def resume_training(args: argparse.Namespace, saved: dict[str, Any], path: Path, state: engine.TrainState, config: engine.TrainConfig) -> int:
+    """Optimizer and step as the checkpoint has them.  Returns: the epoch to go on with."""
+    first_epoch = saved.get("epoch", -1) + 1 if args.start_epoch is None else args.start_epoch
+    state.step = saved.get("step", first_epoch * config.steps_per_epoch)
+    by_name = checkpoint.load_optimizer_state(state.optimizer, state.net, saved.get("optimizer", {}))
+    missing = "" if by_name else "; its optimizer state is not by name (a published file?), so AdamW starts afresh"
+    say(f"resumed {path}: next epoch {first_epoch}, step {state.step}, model, both EMAs{' and optimizer' if by_name else missing}")
+    return first_epoch
+
+
+def train_config(args: argparse.Namespace, data_size: int, bf16: bool) -> engine.TrainConfig:
+    batch = args.batch_size * args.accum_iter * dist.world_size()
+    return engine.TrainConfig(
+        lr=args.blr * batch / 256 if args.lr is None else args.lr,
+        epochs=args.epochs,
+        steps_per_epoch=max(1, data_size // batch),
+        warmup_epochs=args.warmup_epochs,
+        lr_schedule=args.lr_schedule,
+        min_lr=args.min_lr,
+        accum_iter=args.accum_iter,
+        label_drop_prob=args.label_drop_prob,
+        grad_clip=args.grad_clip,
+        bf16=bf16,
+        seed=args.seed,
+        log_freq=args.log_freq,
+        bad_images=args.bad_images,
+    )
+
+
+def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path | None, prompts: list, device: torch.device) -> Run:
+    """Data, features, network and weights, the cheap and the fallible first.  Collective."""
+    drawing = args.generate or args.evaluate_gen
+    needs_data = not args.generate and (args.is_text or not drawing or os.path.isdir(args.data_path))
+    dataset = make_dataset(args) if needs_data else None
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    extractor = find_inception(device) if dataset and (args.online_eval or args.evaluate_gen) else None
+
+    if args.is_text:
+        captions = dataset.distinct_captions() if dataset else []
+        text = prepare_text(args, captions, prompts, saved["text"] if saved else None, device)
+    else:
+        text = TextPath(engine.LabelConditions(args.class_num))
+    net = build_network(args, text, device)
+    emas = [Ema(net, decay, args.ema_warmup) for decay in (args.ema_decay1, args.ema_decay2)]
+    if saved:
+        load_weights(saved, path, net, emas)
+    state = engine.TrainState(net, make_optimizer(net, args.weight_decay, device), emas)
+    painter = engine.Painter(
+        net=engine.in_precision(net, device, uses_bf16(args, device)),
+        null=text.conditions.null,
+        img_size=args.img_size,
+        diffusion=DiffusionConfig(args.P_mean, args.P_std, args.noise_scale, args.t_eps),
+        sampler=SamplerConfig(args.sampling_method, args.num_sampling_steps, args.cfg, (args.interval_min, args.interval_max)),
+        batch_size=args.gen_bsz,
+        device=device,
+        seed=args.seed,
+    )
+    return Run(args, device, dataset, text, state, painter, extractor, output_dir)
+
+
+def uses_bf16(args: argparse.Namespace, device: torch.device) -> bool:
+    return args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+
+
+def start(args: argparse.Namespace) -> None:
+    check_args(args)
+    prompts = read_prompts(args)
+    path = checkpoint.find(args.resume, args.output_dir) if args.resume else None
+    if path is None and (args.generate or args.evaluate_gen):
+        raise UserError(f"--resume {args.resume} holds no checkpoint yet, so there is nothing to draw with")
+    saved = checkpoint.load(path) if path else None
+    if saved:
+        check_resumed(args, saved, path)
+    device = dist.init(args.device)
+    run = prepare(args, saved, path, prompts, device)
+    run.state.step = saved.get("step", 0) if saved else 0
+    if args.generate:
+        say(f"drawing {len(prompts)} prompts with {path}, step {run.state.step}, EMA {args.ema_decay1}")
+        run.state.net.eval()
+        with run.state.emas[0].applied(run.state.net):
+            sheet = engine.generate(run.painter, run.text.conditions, prompts, run.output_dir / "samples")
+        say(f"pictures in {sheet.parent}, all of them on {sheet}")
+    elif args.evaluate_gen:
+        say(f"evaluating {path}, step {run.state.step}")
+        run.evaluate(run.output_dir / "eval")
+        say(f"pictures in {run.output_dir / 'eval'}")
+    else:
+        config = train_config(args, len(run.dataset), uses_bf16(args, device))
+        first_epoch = resume_training(args, saved, path, run.state, config) if saved else args.start_epoch or 0
+        describe_run(args, run, config)
+        if first_epoch >= args.epochs:
+            say(f"nothing to train: {first_epoch} of --epochs {args.epochs} epochs are done")
+        train(run, config, first_epoch, prompts)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    try:
+        start(args)
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # the same error on rank 0 ends the run before; a line of this rank is for one of its own
+        sys.exit(f"error: {error}")
+    finally:
+        dist.shutdown()
+
+
+if __name__ == "__main__":
+    main()

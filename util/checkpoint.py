@@ -1,0 +1,98 @@
+"""Checkpoints: one dictionary of plain data a file, written whole or not at all, read without unpickling code.
+
+Keys: `model`, `model_ema1`, `model_ema2` (full state dicts under the prefix `net.`), `optimizer`, `epoch` (the last one finished),
+`step`, `args`, and for text models `text`. The published JiT files (an argparse Namespace as `args`, an optimizer state by position)
+open the same way.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from util.errors import UserError
+
+LAST = "checkpoint-last.pth"
+PREFIX = "net."
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write beside, sync, rename: `path` holds the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def find(resume: str, output_dir: str) -> Path | None:
+    """The file that --resume means: itself, or the last checkpoint in the folder.
+
+    Returns: None only where the folder is `output_dir` and holds no checkpoint yet.  Raises: UserError for anything else.
+    """
+    path = Path(resume)
+    if path.is_file():
+        return path
+    if (path / LAST).is_file():
+        return path / LAST
+    numbered = sorted(path.glob("checkpoint-*.pth"))
+    if path.resolve() == Path(output_dir).resolve() and not numbered:
+        return None
+    what = f"holds {', '.join(p.name for p in numbered[:3])} but no {LAST}; name the file" if numbered else f"is no checkpoint and holds no {LAST}"
+    raise UserError(f"--resume {resume}: {what if path.exists() else 'no such file or folder'}")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours or a published one.  Raises: UserError where it is neither, or would run code."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a broken zip, a pickle with code in it, a file cut short: each its own exception
+        raise UserError(f"--resume {path}: not a loadable checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from error
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"--resume {path}: no checkpoint of a JiT; wanted a dictionary with the key 'model'")
+    state["args"] = vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else state.get("args") or {}
+    return state
+
+
+def with_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {PREFIX + name: value for name, value in state.items()}
+
+
+def without_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Weights for a network that expects `expected`.  Raises: UserError naming the first that does not fit."""
+    state = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    for name in expected:
+        if name not in state:
+            raise UserError(f"{source} does not fit the model: it has no {name}; are --model and the conditioning those it was trained with?")
+        if state[name].shape != expected[name].shape:
+            found, wanted = tuple(state[name].shape), tuple(expected[name].shape)
+            raise UserError(f"{source} does not fit the model: {name} is {found}, wanted {wanted}; see --model, --img_size, --class_num")
+    if extra := [name for name in state if name not in expected]:
+        raise UserError(f"{source} does not fit the model: {extra[0]} has no place in it; see --model")
+    return state
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state by parameter name."""
+    names = {param: name for name, param in net.named_parameters()}
+    return {names[param]: dict(values) for param, values in optimizer.state.items()}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Returns: False, with nothing loaded, for a state that is not by name (a published checkpoint's)."""
+    names = {param: name for name, param in net.named_parameters()}
+    order = [names[param] for group in optimizer.param_groups for param in group["params"]]
+    if not set(order) <= set(state):
+        return False
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {i: state[name] for i, name in enumerate(order)}, "param_groups": groups})
+    return True

@@ -1,0 +1,121 @@
+"""The one module that talks to torch.distributed.  Everything works without torchrun too, as a world of one.
+
+Functions marked "Collective" must be called by every rank, so never under `if is_main()`.
+"""
+
+import os
+from contextlib import nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util.errors import UserError
+
+
+def init(device: str) -> torch.device:
+    """Join torchrun's group, if there is one, and pick this rank's device.  Collective.
+
+    Args: device: "cuda", "cpu" or "auto" (a GPU where there is one).  Raises: UserError for a GPU that is not there.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device == "cuda":
+        if local_rank >= gpus:
+            raise UserError(f"--device cuda: process {local_rank + 1} of this node has no GPU ({gpus} found); try --device cpu or a smaller --nproc_per_node")
+        torch.cuda.set_device(local_rank)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+    return torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Collective."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def wrap(net: nn.Module, device: torch.device) -> nn.Module:
+    """The network as DDP trains it, or as it is in a world of one.  Collective: starts from rank 0's weights."""
+    if not dist.is_initialized():
+        return net
+    return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+
+
+def no_sync(net: nn.Module, when: bool):
+    """Gradients stay on their rank inside: for all but the last part of an accumulated batch."""
+    return net.no_sync() if when and isinstance(net, DistributedDataParallel) else nullcontext()
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Collective."""
+    return sum_over_ranks(value) / world_size()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Collective."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def min_over_ranks(value: Tensor) -> Tensor:
+    """Collective."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value, dist.ReduceOp.MIN)
+    return value
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """All ranks' rows, rank 0's first, on the CPU; ranks may hold different numbers of them.  Collective."""
+    rows = rows.cpu()
+    if not dist.is_initialized():
+        return rows
+    counts = gather_objects(len(rows))
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+def gather_objects(value) -> list:
+    """One plain object of each rank.  Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value):
+    """Rank 0's plain object.  Collective."""
+    return gather_objects(value)[0]

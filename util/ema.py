@@ -1,0 +1,51 @@
+"""Exponential moving averages of a network's trainable weights, matched by name."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Float32 averages of the trainable parameters: average <- d average + (1 - d) parameter after every optimizer step.
+
+    With `warmup`, d = min(decay, (1 + n) / (10 + n)) at update n: without it 30 % of the initial weights are still in an
+    average of decay 0.9999 after 12,000 steps.
+    """
+
+    def __init__(self, net: nn.Module, decay: float, warmup: bool = True):
+        self.decay, self.warmup = decay, warmup
+        self.average = {name: param.detach().float().clone() for name, param in net.named_parameters() if param.requires_grad}
+
+    def decay_at(self, n: int) -> float:
+        return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, n: int) -> None:
+        """n: optimizer steps done before this one."""
+        params = dict(net.named_parameters())
+        torch._foreach_lerp_(list(self.average.values()), [params[name] for name in self.average], 1 - self.decay_at(n))
+
+    def state_dict(self, net: nn.Module) -> dict[str, Tensor]:
+        """The network's full state dict with the averages in place of the parameters."""
+        return {**net.state_dict(), **self.average}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, value in self.average.items():
+            value.copy_(state[name])
+
+    @contextmanager
+    def applied(self, net: nn.Module) -> Iterator[None]:
+        """Inside, the network computes with the averages; afterwards with its own weights, bit for bit."""
+        params = dict(net.named_parameters())
+
+        def swap() -> None:
+            for name, value in self.average.items():
+                params[name].data, self.average[name] = value, params[name].data
+
+        swap()
+        try:
+            yield
+        finally:
+            swap()

@@ -1,0 +1,49 @@
+"""What a run says while it trains: a progress bar and TensorBoard, both on rank 0 only."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from util import distributed as dist
+
+
+def say(text: str) -> None:
+    """One line on rank 0, above a progress bar if there is one."""
+    if dist.is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(total: int, what: str, initial: int = 0, unit: str = "step") -> tqdm:
+    """A bar with speed and time left; where the output is a file it is redrawn more rarely."""
+    interval = 0.5 if sys.stderr.isatty() else 5.0
+    return tqdm(total=total, initial=initial, desc=what, unit=unit, mininterval=interval, maxinterval=interval, disable=not dist.is_main())
+
+
+class Board:
+    """TensorBoard on rank 0, nothing elsewhere."""
+
+    def __init__(self, folder: Path, step: int = 0):
+        """step: where the run goes on; what was logged after it is hidden."""
+        self.writer = None
+        if dist.is_main():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder), purge_step=step or None)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def image(self, name: str, picture: np.ndarray, step: int) -> None:
+        """picture: (H, W, 3) uint8."""
+        if self.writer:
+            self.writer.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
