@@ -112,15 +112,12 @@ def batch_loss(net: Net, batch: tuple, conditions: Conditions, diffusion: Diffus
 class Report:
     """Progress bar and TensorBoard of a training run; waits for the GPU only when a line is due."""
 
-    def __init__(self, bar: tqdm, board: Board, log_freq: int, images_per_step: int):
-        self.bar, self.board, self.log_freq, self.images_per_step = bar, board, log_freq, images_per_step
+    def __init__(self, bar: tqdm, board: Board, images_per_step: int):
+        self.bar, self.board, self.images_per_step = bar, board, images_per_step
         self._start()
 
     def _start(self) -> None:
         self.losses, self.first_bad, self.since = [], None, time.perf_counter()
-
-    def due(self, step: int, last: bool) -> bool:
-        return last or step % self.log_freq == 0
 
     def add(self, loss: Tensor, step: int) -> None:
         """Note the loss of step `step` without reading it."""
@@ -162,9 +159,13 @@ def train_one_epoch(
     config: TrainConfig,
     epoch: int,
     report: Report,
+    read_last: bool,
     device: torch.device,
 ) -> None:
-    """The steps of one epoch.  `parallel` is `state.net` as DDP runs it.  Collective."""
+    """The steps of one epoch.  Collective.
+
+    `parallel` is `state.net` as DDP runs it; with `read_last` the last step's loss is read, and so known to be finite.
+    """
     state.net.train()
     parameters = [p for p in state.net.parameters() if p.requires_grad]
     net = in_precision(parallel, device, config.bf16)
@@ -182,7 +183,7 @@ def train_one_epoch(
                 loss = batch_loss(net, batch, conditions, diffusion, config, device)
                 (loss / config.accum_iter).backward()
             losses.append(loss.detach())
-        due = report.due(state.step + 1, last=i == config.steps_per_epoch - 1)
+        due = (state.step + 1) % config.log_freq == 0 or (read_last and i == config.steps_per_epoch - 1)
         if config.grad_clip:
             grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         elif due:

@@ -411,17 +411,22 @@ def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list)
     parallel = dist.wrap(state.net, device)
     board = Board(run.output_dir, state.step)
     bar = progress(args.epochs * config.steps_per_epoch, "training", initial=first_epoch * config.steps_per_epoch)
-    report = engine.Report(bar, board, args.log_freq, args.batch_size * args.accum_iter * dist.world_size())
+    report = engine.Report(bar, board, args.batch_size * args.accum_iter * dist.world_size())
     for epoch in range(first_epoch, args.epochs):
         last = epoch == args.epochs - 1
+        saves_last = last or (epoch + 1) % args.save_last_freq == 0
+        saves_numbered = epoch > 0 and epoch % 100 == 0
+        evaluates = args.online_eval and (last or (epoch + 1) % args.eval_freq == 0)
+        pauses = saves_last or saves_numbered or evaluates
         sampler.epoch = epoch
-        engine.train_one_epoch(state, parallel, loader, run.text.conditions, run.painter.diffusion, config, epoch, report, device)
-        write_broken(run)
-        if last or (epoch + 1) % args.save_last_freq == 0:
+        engine.train_one_epoch(state, parallel, loader, run.text.conditions, run.painter.diffusion, config, epoch, report, pauses, device)
+        if pauses:
+            write_broken(run)
+        if saves_last:
             save_checkpoint(run, run.output_dir / checkpoint.LAST, epoch)
-        if epoch > 0 and epoch % 100 == 0:
+        if saves_numbered:
             save_checkpoint(run, run.output_dir / f"checkpoint-{epoch}.pth", epoch)
-        if args.online_eval and (last or (epoch + 1) % args.eval_freq == 0):
+        if evaluates:
             figures = run.evaluate(None if run.extractor else run.output_dir / "eval" / f"epoch-{epoch}")
             board.scalars(figures, state.step)
             with state.emas[0].applied(state.net):

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from timm.layers import AttentionRope, RotaryEmbeddingCat
 from torch import Tensor, nn
 
-RMSNorm = partial(nn.RMSNorm, eps=1e-6)
+
+class RMSNorm(nn.RMSNorm):
+    """In float32 whatever the input, which keeps its type: under autocast q and k are bf16 and the weight is not."""
+
+    def __init__(self, width: int, **kwargs):
+        super().__init__(width, eps=1e-6, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type_as(x)
 
 
 def sincos_table(width: int, grid: int) -> Tensor:

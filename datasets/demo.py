@@ -5,10 +5,16 @@ A tenth of the (colour, digit) pairs is held out, so that drawing one of those s
 emoji: the colour bitmaps of the Noto Color Emoji font with their Japanese names from the package `emoji`.
 """
 
+import argparse
+import io
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from util.errors import UserError
 
 COLOURS = {  # name -> ink on white; hues at least 25 degrees apart, so that the judge can tell them
     "赤": (225, 30, 40),
@@ -20,15 +26,14 @@ COLOURS = {  # name -> ink on white; hues at least 25 degrees apart, so that the
     "紫": (130, 40, 190),
     "桃": (245, 85, 165),
 }
-COLOUR_WORDS = {"水": ("水色の", "水色"), "桃": ("ピンクの", "桃色"), "紫": ("紫の", "紫色"), "橙": ("オレンジの", "橙色"), "緑": ("緑の", "緑色")}
+ADJECTIVES = {"赤": "赤い", "橙": "オレンジの", "黄": "黄色い", "緑": "緑の", "水": "水色の", "青": "青い", "紫": "紫の", "桃": "ピンクの"}
 DIGITS = "零一二三四五六七八九"
 HELD_OUT = tuple((colour, 3 * i % 10) for i, colour in enumerate(COLOURS))  # 8 of 80 pairs: each colour once, eight digits
 
 
 def digit_captions(colour: str, digit: int) -> list[str]:
     """All wordings for one pair: '赤い三', '赤色の数字の三', ..."""
-    adjective, noun = COLOUR_WORDS.get(colour, (f"{colour}い" if colour != "黄" else "黄色い", f"{colour}色"))
-    kanji = DIGITS[digit]
+    adjective, noun, kanji = ADJECTIVES[colour], f"{colour}色", DIGITS[digit]
     return [
         f"{adjective}{kanji}",
         f"{noun}の{kanji}",
@@ -77,3 +82,82 @@ def write_digits(root: Path, size: int) -> int:
     for i, colour in items:
         write_pair(root, f"{i:04d}-{list(COLOURS).index(colour)}", colour_ink(inks[i], colour), digit_captions(colour, digits[i]))
     return len(items)
+
+
+EMOJI_SUBSET = (  # 64 for a CPU: everyday things of many shapes and colours
+    "🐱🐶🐭🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🐙🐠🐳🐢🦋🐝🐞🐌🍎🍊🍋🍌🍉🍇🍓🍑🍅🍆🥕🌽🍄🍞🍕🍔🍙🍣🍦🍩🎂🍺🌸🌻🌵🌲🗻🌈🌙⚽🏀🎈🎁🚗🚌🚲🚀🏠❤⏰"
+)
+EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
+FLAG_LETTERS = {chr(code) for code in range(0x1F1E6, 0x1F200)} | {"🏴"}
+
+
+def emoji_names() -> dict[str, str]:
+    """Fully qualified emoji without flags and skin tones -> Japanese name ('🐈\u200d⬛' -> '黒猫')."""
+    import emoji
+
+    emoji.config.load_language("ja")
+    qualified = [text for text, data in emoji.EMOJI_DATA.items() if data["status"] == emoji.STATUS["fully_qualified"] and "ja" in data]
+    plain = [text for text in qualified if not (set(text) & SKIN_TONES or text[0] in FLAG_LETTERS)]
+    return {text: emoji.EMOJI_DATA[text]["ja"].strip(":").replace("_", "") for text in plain}
+
+
+def emoji_bitmaps(path: str) -> tuple[dict[tuple[str, ...], bytes], dict[int, str]]:
+    """A CBDT colour font's PNG files by the glyph names that its ligatures put together, and its glyph name of each character."""
+    from fontTools.ttLib import TTFont
+
+    font = TTFont(path)
+    bitmaps = {name: glyph.imageData for name, glyph in font["CBDT"].strikeData[0].items()}
+    found = {(name,): data for name, data in bitmaps.items()}
+    for lookup in font["GSUB"].table.LookupList.Lookup:
+        for table in lookup.SubTable:
+            table = getattr(table, "ExtSubTable", table)
+            for first, ligatures in getattr(table, "ligatures", {}).items():
+                found |= {(first, *ligature.Component): bitmaps[ligature.LigGlyph] for ligature in ligatures if ligature.LigGlyph in bitmaps}
+    return found, font.getBestCmap()
+
+
+def write_emoji(root: Path, size: int, subset: bool) -> int:
+    """Emoji on white with their Japanese names.  Returns: the number of pictures.
+
+    Raises: UserError where the font is not installed.
+    """
+    path = os.environ.get("JIT_EMOJI_FONT", EMOJI_FONT)
+    if not os.path.isfile(path):
+        raise UserError(f"no emoji font at {path}; install it: apt-get install fonts-noto-color-emoji (or set JIT_EMOJI_FONT to the file)")
+    make_folders(root)
+    bitmaps, glyph_of = emoji_bitmaps(path)
+    count = 0
+    for text, name in emoji_names().items():
+        bare = text.replace("\ufe0f", "")
+        data = bitmaps.get(tuple(glyph_of.get(ord(character), "") for character in bare))
+        if data is None or (subset and bare not in EMOJI_SUBSET):
+            continue
+        write_pair(root, "-".join(f"{ord(character):x}" for character in bare), emoji_picture(data, size), [name])
+        count += 1
+    return count
+
+
+def emoji_picture(png: bytes, size: int) -> Image.Image:
+    """A 136 x 128 bitmap with transparency to a square on white."""
+    glyph = Image.open(io.BytesIO(png)).convert("RGBA")
+    canvas = Image.new("RGBA", (max(glyph.size), max(glyph.size)), "white")
+    canvas.alpha_composite(glyph, ((canvas.width - glyph.width) // 2, (canvas.height - glyph.height) // 2))
+    return canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("digits", "emoji", "emoji64"), help="emoji64: a fixed subset of 64")
+    parser.add_argument("--out", type=Path, required=True, help="folder for images/ and captions/")
+    parser.add_argument("--size", type=int, default=32, help="width and height in pixels")
+    args = parser.parse_args()
+    try:
+        count = write_digits(args.out, args.size) if args.what == "digits" else write_emoji(args.out, args.size, args.what == "emoji64")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"{count} captioned pictures in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

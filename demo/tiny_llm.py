@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
 from datasets.text_image import TextImageFolder
 
@@ -48,10 +48,12 @@ def build_llama(tokenizer: PreTrainedTokenizerFast, width: int = 256, depth: int
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    llm = LlamaForCausalLM(config)
+    llm.get_input_embeddings().weight.data.mul_(1 / config.initializer_range)  # variance 1: what token it was stays visible in the state
+    return llm
 
 
-def train_llama(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, lr: float = 1e-3) -> float:
+def train_llama(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, lr: float = 3e-4) -> float:
     """Next-token prediction on `texts`, batches of 64.  Returns: the mean loss of the last ten steps, nats per token."""
     optimizer = torch.optim.AdamW(llm.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(0)
@@ -83,6 +85,7 @@ def main() -> None:
     tokenizer = train_tokenizer(texts)
     llm = build_llama(tokenizer)
     loss = train_llama(llm, tokenizer, texts, args.steps)
+    logging.disable_progress_bar()
     llm.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     size = sum(p.numel() for p in llm.parameters()) / 1e6

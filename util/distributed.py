@@ -6,6 +6,7 @@ Functions marked "Collective" must be called by every rank, so never under `if i
 import os
 from contextlib import nullcontext
 from datetime import timedelta
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,8 @@ def wrap(net: nn.Module, device: torch.device) -> nn.Module:
     """The network as DDP trains it, or as it is in a world of one.  Collective: starts from rank 0's weights."""
     if not dist.is_initialized():
         return net
-    return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
+    return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None, **{buffers: False})  # they are constants
 
 
 def no_sync(net: nn.Module, when: bool):

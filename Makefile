@@ -1,0 +1,32 @@
+# make setup | demo | demo-emoji | test | lint        PYTHON=... uses that Python's environment as it is, without .venv
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+BASE_PYTHON ?= python3
+READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
+
+.PHONY: setup demo demo-emoji test lint
+setup: $(READY)
+
+$(VENV)/.ready: pyproject.toml
+	@echo "installing into $(VENV): about 6 GB on Linux, two to five minutes"
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --allow-existing --python $(BASE_PYTHON) $(VENV) && uv pip install --python $(VENV)/bin/python ".[demo,dev]"; \
+	else \
+		$(BASE_PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off ".[demo,dev]"; \
+	fi
+	@rm -rf build *.egg-info
+	@touch $@
+
+# LLM=llm-jp/llm-jp-3-150m draws with a real language model instead of the small one trained here.
+demo: $(READY)
+	$(PYTHON) -m demo.run digits $(if $(LLM),--llm $(LLM))
+
+demo-emoji: $(READY)
+	$(PYTHON) -m demo.run emoji $(if $(LLM),--llm $(LLM))
+
+test: $(READY)
+	$(PYTHON) -m pytest
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .

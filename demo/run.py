@@ -1,0 +1,149 @@
+"""The demos, whole: data, language model, training, a stop and a resumption, pictures, and a judge.
+
+`python -m demo.run digits` (make demo) and `python -m demo.run emoji` (make demo-emoji). Every step is a command that a user could
+type, printed before it runs; the data is an ordinary images/ + captions/ folder and the language model an ordinary folder.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from datasets.demo import COLOURS, DIGITS, HELD_OUT, digit_captions
+from demo.judge import DigitJudge, Pair, nearest_share, shares_right
+from util.sheet import save_sheet
+
+PROCESSES = min(2, os.cpu_count() or 1)
+STARTED = time.perf_counter()
+
+
+def step(title: str) -> None:
+    print(f"\n== {title}  ({time.perf_counter() - STARTED:.0f} s)", flush=True)
+
+
+def call(*command: str) -> None:
+    """Run this Python on `command`, shown first; stop with it if it fails."""
+    print("$ python", shlex.join(command), flush=True)
+    done = subprocess.run([sys.executable, *command], env={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // PROCESSES)), **os.environ})
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def torchrun(processes: int, *flags: str) -> None:
+    call("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "main_jit.py", *flags)
+
+
+def language_model(llm: str | None, data: Path, out: Path, steps: int) -> str:
+    """The name to give to --llm_model_name: the user's, or a small one trained on the captions."""
+    if llm:
+        return llm
+    step("a small language model, trained on the captions")
+    call("-m", "demo.tiny_llm", "--data_path", str(data), "--out", str(out), "--steps", str(steps))
+    return str(out)
+
+
+def draw(processes: int, common: list[str], run: Path, prompts: list[str]) -> list[Image.Image]:
+    """The prompts' pictures by --generate, in order."""
+    listing = run / "prompts.txt"
+    listing.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    torchrun(processes, *common, "--resume", str(run), "--generate", "--prompts_file", str(listing))
+    return [Image.open(run / "samples" / f"{i:04d}.png").convert("RGB") for i in range(len(prompts))]
+
+
+def judge_digits(judge: DigitJudge, title: str, pictures: list[Image.Image], pairs: list[Pair]) -> float:
+    """Print the shares and the mistakes.  Returns: the share with both colour and digit right."""
+    found = judge(pictures)
+    colour, digit, both = shares_right(found, pairs)
+    print(f"{title}: colour {colour:.1%}  digit {digit:.1%}  both {both:.1%}  of {len(pairs)} pictures")
+    wrong = [f"{w[0]}{DIGITS[w[1]]}→{f[0]}{DIGITS[f[1]]}" for f, w in zip(found, pairs) if f != w]
+    if wrong:
+        print(f"  wrong: {' '.join(wrong)}")
+    return both
+
+
+def digits(out: Path, llm: str | None, epochs: int) -> None:
+    data, run, size = out / "data", out / "run", 32
+    step("1,797 real handwritten digits in eight colours, with Japanese captions")
+    call("-m", "datasets.demo", "digits", "--out", str(data), "--size", str(size))
+    name = language_model(llm, data, out / "llm", steps=300)
+    common = ["--model", "JiT-Nano/8-Text", "--img_size", str(size), "--llm_model_name", name, "--text_norm", "standardize", "--device", "cpu"]
+    common += ["--output_dir", str(run), "--cfg", "2.5", "--interval_min", "0.1", "--num_sampling_steps", "25"]
+    training = [*common, "--data_path", str(data), "--batch_size", str(64 // PROCESSES), "--lr", "1e-3", "--warmup_epochs", "0.25"]
+    training += ["--num_workers", "1", "--log_freq", "20", "--save_last_freq", "1", "--resume", str(run)]
+    step(f"training, epochs 1 to {epochs // 2}")
+    torchrun(PROCESSES, *training, "--epochs", str(epochs // 2))
+    step(f"training goes on where it stopped, to epoch {epochs}")
+    torchrun(PROCESSES, *training, "--epochs", str(epochs))
+
+    step("pictures of pairs seen in training and of pairs never seen")
+    seen = [(colour, digit) for digit in range(10) for colour in COLOURS if (colour, digit) not in HELD_OUT]
+    pairs = [HELD_OUT[i % len(HELD_OUT)] for i in range(200)] + [seen[i % len(seen)] for i in range(200)]
+    prompts = [digit_captions(*pair)[i // len(HELD_OUT) % 6] for i, pair in enumerate(pairs)]
+    pictures = draw(PROCESSES, common, run, prompts)
+
+    step("the judge")
+    judge = DigitJudge(size)
+    print(f"the digit judge itself: {judge.accuracy:.1%} right on 300 real digits held back from it")
+    judge_digits(judge, "pairs seen in training", pictures[200:], pairs[200:])
+    both = judge_digits(judge, "pairs never seen      ", pictures[:200], pairs[:200])
+    sheet = out / "sheet.png"
+    shown = [*range(24), *range(200, 272)]
+    save_sheet(sheet, [pictures[i] for i in shown], [prompts[i] for i in shown], columns=12)
+    print(f"\n{sheet.resolve()}: the first two rows are pairs never seen in training  ({time.perf_counter() - STARTED:.0f} s)")
+    if both < 0.9:
+        sys.exit(f"error: only {both:.1%} of the pictures of unseen pairs are right; wanted 90 % at least (95 % is usual)")
+
+
+def emoji(out: Path, llm: str | None, epochs: int | None) -> None:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    data, run, size = out / "data", out / "run", 64 if gpu else 32
+    processes = torch.cuda.device_count() if gpu else PROCESSES
+    step("emoji with their Japanese names")
+    call("-m", "datasets.demo", "emoji" if gpu else "emoji64", "--out", str(data), "--size", str(size))
+    name = language_model(llm, data, out / "llm", steps=300)
+    common = ["--model", "JiT-S/8-Text" if gpu else "JiT-Nano/8-Text", "--img_size", str(size), "--llm_model_name", name]
+    common += ["--text_norm", "standardize", "--output_dir", str(run), "--cfg", "2.0", "--interval_min", "0.1", "--num_sampling_steps", "25"]
+    training = [*common, "--data_path", str(data), "--batch_size", str((256 if gpu else 64) // processes), "--lr", "5e-4" if gpu else "1e-3"]
+    total = epochs or (3000 if gpu else 7000)
+    training += ["--warmup_epochs", str(total // 50), "--lr_schedule", "cosine", "--epochs", str(total), "--save_last_freq", str(total // 10)]
+    training += ["--num_workers", "1" if not gpu else "8", "--log_freq", "20", "--resume", str(run)]
+    step("training")
+    torchrun(processes, *training)
+
+    step("pictures")
+    stems = sorted(path.stem for path in (data / "images").iterdir())
+    names = [(data / "captions" / f"{stem}.txt").read_text(encoding="utf-8").strip() for stem in stems]
+    repeats = 1 if gpu else 4
+    pictures = draw(processes, common, run, names * repeats)
+    real = [Image.open(data / "images" / f"{stem}.png").convert("RGB") for stem in stems]
+    share = nearest_share(pictures, real, [*range(len(stems))] * repeats)
+    sheet = out / "sheet.png"
+    save_sheet(sheet, pictures[:64], names[:64], columns=16)
+    print(f"nearest to their own caption's picture: {share:.1%} of {len(pictures)}")
+    print(f"\n{sheet.resolve()}  ({time.perf_counter() - STARTED:.0f} s)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("digits", "emoji"))
+    parser.add_argument("--out", type=Path, default=None, help="folder for everything (default: demo_output/WHAT)")
+    parser.add_argument("--llm", default=None, help="a hub name or folder in place of the small model trained here")
+    parser.add_argument("--epochs", type=int, default=None)
+    args = parser.parse_args()
+    out = args.out or Path("demo_output") / args.what
+    out.mkdir(parents=True, exist_ok=True)
+    if args.what == "digits":
+        digits(out, args.llm, args.epochs or 8)
+    else:
+        emoji(out, args.llm, args.epochs)
+
+
+if __name__ == "__main__":
+    main()

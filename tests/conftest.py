@@ -1,0 +1,104 @@
+"""Small real models, tokenizers and data sets, built on the spot: nothing here is a stand-in for the loading code."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a mistyped name fails at once instead of after retries
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+CAPTIONS = ["赤い三", "夕焼けの海辺を走る柴犬", "a black cat on a chair", "富士山と桜の写真、2024年春", "𠮷野家の牛丼🍚", "ﾊﾝｶｸとＦＵＬＬ"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def save_llm(kind: str, folder: Path) -> Path:
+    """A randomly initialised model of two layers and a tokenizer trained on the captions, as a Hugging Face folder."""
+    from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, GPT2Config, GPT2LMHeadModel
+
+    from demo.tiny_llm import build_llama, train_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=120)
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    if kind == "llama":
+        llm = build_llama(tokenizer, width=32, depth=2)
+    elif kind == "gpt2":  # like llm-jp-1.3b-v1.0: bos is eos, and nothing is put in front of the text
+        tokenizer = byte_tokenizer()
+        llm = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128))
+    elif kind == "bert":
+        llm = BertModel(BertConfig(**size))
+    elif kind == "clip":
+        llm = CLIPTextModel(CLIPTextConfig(**size, max_position_embeddings=128, eos_token_id=2))
+    llm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<EOD>", "<pad>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(CAPTIONS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<EOD>", eos_token="<EOD>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tmp_path_factory):
+    """llm_folder(kind) -> path; each kind is made once."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str = "llama") -> Path:
+        if kind not in made:
+            made[kind] = save_llm(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return get
+
+
+def write_text_data(root: Path, count: int = 8, size: int = 16) -> Path:
+    """Random pictures with the captions above."""
+    for name in ("images", "captions"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(root / "images" / f"{i}.png")
+        (root / "captions" / f"{i}.txt").write_text(CAPTIONS[i % len(CAPTIONS)] + "\n", encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def text_data(tmp_path):
+    return write_text_data(tmp_path / "data")
+
+
+@pytest.fixture
+def class_data(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("n01", "n02", "n03"):
+        folder = tmp_path / "classes" / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.JPEG")
+    return tmp_path / "classes"
+
+
+def wake(net: torch.nn.Module, seed: int = 0, std: float = 0.05) -> torch.nn.Module:
+    """Small random values in place of the zeros, so that every layer of a fresh network has a say."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for param in net.parameters():
+            param.add_(std * torch.randn_like(param))
+    return net

@@ -1,0 +1,195 @@
+"""The command line, the READMEs' commands, the files that name the dependencies, and Hugging Face's package of our folder's name."""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import main_jit
+from main_jit import check_args, get_parser
+from util.errors import UserError
+
+TEXT = ["--model", "JiT-B/16-Text"]
+
+
+def checked(*argv: str) -> argparse.Namespace:
+    args = get_parser().parse_args(list(argv))
+    check_args(args)
+    return args
+
+
+def test_defaults():
+    args = checked()
+    wanted = {
+        "model": "JiT-B/16", "img_size": 256, "attn_dropout": 0, "proj_dropout": 0, "llm_model_name": "llm-jp/llm-jp-3-3.7b", "freeze_llm": True,
+        "max_text_len": 77, "epochs": 200, "warmup_epochs": 5, "batch_size": 128, "accum_iter": 1, "lr": None, "blr": 5e-5, "min_lr": 0,
+        "lr_schedule": "constant", "weight_decay": 0, "ema_decay1": 0.9999, "ema_decay2": 0.9996, "P_mean": -0.8, "P_std": 0.8, "noise_scale": 1,
+        "t_eps": 0.05, "label_drop_prob": 0.1, "grad_clip": None, "seed": 0, "start_epoch": None, "num_workers": 12, "pin_mem": True,
+        "sampling_method": "heun", "num_sampling_steps": 50, "cfg": 1, "interval_min": 0, "interval_max": 1, "num_images": 50000, "eval_freq": 40,
+        "online_eval": False, "evaluate_gen": False, "generate": False, "gen_bsz": 256, "class_num": 1000, "save_last_freq": 5, "log_freq": 100,
+        "device": "auto",
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in wanted} == wanted
+    assert not checked("--no_pin_mem").pin_mem
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--model", "JiT-B16"], "'JiT-B16' is not a JiT"),
+        (["--img_size", "250"], "--img_size 250 is not a multiple of the patch size 16 .* try 240"),
+        (["--use_text_conditioning"], "try --model JiT-B/16-Text"),
+        ([*TEXT, "--no-freeze_llm"], "always frozen"),
+        (["--llm_model_name", "x/y"], "no effect on the class model"),
+        (["--text_norm", "standardize"], "no effect on the class model"),
+        (["--epochs", "0"], "--epochs 0 must be at least 1"),
+        (["--batch_size", "-3"], "--batch_size"),
+        (["--cfg", "-1"], "--cfg"),
+        (["--lr", "0"], "--lr"),
+        (["--blr", "nan"], "--blr"),
+        (["--grad_clip", "0"], "--grad_clip"),
+        (["--t_eps", "0"], "--t_eps"),
+        (["--ema_decay1", "1"], "--ema_decay1"),
+        (["--label_drop_prob", "1.1"], "--label_drop_prob"),
+        (["--interval_min", "0.8", "--interval_max", "0.2"], "interval_min <= interval_max"),
+        (["--start_epoch", "200"], "--start_epoch 200"),
+        (["--generate"], "--generate needs a trained model"),
+        (["--evaluate_gen"], "--evaluate_gen needs a trained model"),
+        (["--generate", "--evaluate_gen", "--resume", "x"], "two runs"),
+        (["--prompt", "猫"], "is for --generate"),
+        (["--generate", "--resume", "x", "--prompt", "猫", "--prompts_file", "f"], "give one of them"),
+    ],
+)
+def test_values_that_cannot_work(argv, message):
+    with pytest.raises(UserError, match=message) as error:
+        checked(*argv)
+    assert "\n" not in str(error.value)
+
+
+def test_a_typo_in_any_flag_is_an_error_that_names_the_flag(capsys):
+    for option in get_parser()._option_string_actions:
+        if option.startswith("--") and option != "--help":
+            typo = option[:-2] + option[-1] + option[-2] if option[-1] != option[-2] else option + "x"
+            if typo in get_parser()._option_string_actions:
+                continue
+            with pytest.raises(SystemExit) as stop:
+                get_parser().parse_args([typo])
+            assert stop.value.code == 2
+            assert re.fullmatch(rf"error: unknown flag {re.escape(typo)}; did you mean --\w[\w-]*\?\n", capsys.readouterr().err), typo
+
+
+def test_every_flag_is_read_and_explained():
+    source = (ROOT / "main_jit.py").read_text(encoding="utf-8")
+    for action in get_parser()._actions:
+        if action.dest in ("help",):
+            continue
+        named = f'"{action.dest}"' in source.split("def check_args")[1]
+        assert f"args.{action.dest}" in source or named, action.dest
+    assert "P_mean" in get_parser().format_help() and "sampling and evaluation" in get_parser().format_help()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([*TEXT, "--data_path", "/nothing"], "error: --data_path /nothing: no folder images/"),
+        (["--data_path", "/nothing"], "error: --data_path /nothing: no folder train/"),
+        (["--resume", "/nothing"], "error: --resume /nothing: no such file or folder"),
+        ([*TEXT, "--generate", "--resume", "/nothing", "--prompts_file", "/nothing"], "error: --prompts_file /nothing cannot be read"),
+        (["--device", "cuda"], "error: --device cuda"),
+    ],
+)
+def test_what_a_user_sees_is_one_line(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        main_jit.main(argv)
+    assert str(stop.value.code).startswith(message) and "\n" not in str(stop.value.code)
+
+
+def commands(name: str) -> list[str]:
+    """The shell lines of a README's ```bash blocks, continuation lines joined."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    return [" ".join(shlex.split(line, comments=True)) for line in blocks.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_ja.md"])
+def test_every_command_in_the_readme_parses(name):
+    found = commands(name)
+    runs = [line.split("main_jit.py ", 1)[1] for line in found if "main_jit.py " in line]
+    assert len(runs) >= 6
+    for line in runs:
+        checked(*shlex.split(line)) if line != "--help" else None
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for line in found:
+        if line.startswith("make "):
+            assert {word for word in line.split()[1:] if "=" not in word} <= targets, line
+        for module in re.findall(r"-m ((?:datasets|demo)[\w.]*)", line):
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), line
+
+
+def test_both_readmes_have_the_same_headings_and_commands():
+    def outline(name: str) -> list[str]:
+        return re.findall(r"^(#+) ", re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.S), re.M)
+
+    assert outline("README.md") == outline("README_ja.md")
+    assert commands("README.md") == commands("README_ja.md")
+    assert {"JiT-L/16-Text", "--noise_scale 2.0"} <= {word for word in ("JiT-L/16-Text", "--noise_scale 2.0") if any(word in c for c in commands("README.md"))}
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_ja.md"])
+def test_the_readmes_flags_and_figures_are_the_codes(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    known = set(get_parser()._option_string_actions)
+    assert set(re.findall(r"`(--[\w-]+)", text)) <= known
+    missing = {option for option in known if option.startswith("--") and option not in text} - {"--help", "--no-hflip", "--freeze_llm", "--pin_mem"}
+    assert not missing
+    from test_models import COUNTS
+
+    for model, count in COUNTS.items():
+        assert re.search(rf"\| `{re.escape(model)}` \|.*\b{count:.2f}M", text), model
+
+
+def test_one_list_of_dependencies():
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+
+    def names(lines: list[str]) -> set[str]:
+        return {re.split(r"[<>=\[ ]", line)[0] for line in lines}
+
+    pip = next(part["pip"] for part in yaml.safe_load((ROOT / "environment.yaml").read_text())["dependencies"] if isinstance(part, dict))
+    assert names(pip) == names(project["dependencies"]) | {name for extra in project["optional-dependencies"].values() for name in names(extra)}
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_our_folder_datasets_does_not_disturb_transformers(installed, llm_folder, tmp_path):
+    """Hugging Face's package of the same name may be installed, hidden by our folder, or not be there."""
+    site = tmp_path / "site"
+    if installed:
+        (site / "datasets-5.2.0.dist-info").mkdir(parents=True)
+        (site / "datasets-5.2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 5.2.0\n")
+        (site / "datasets").mkdir()
+        (site / "datasets" / "__init__.py").write_text("__version__ = '5.2.0'\n")
+    code = f"import main_jit, torch; main_jit.load_text_encoder({str(llm_folder())!r}, 40, torch.device('cpu')); print('loaded')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(site)})
+    assert done.stdout.strip() == "loaded", done.stderr[-2000:]
+
+
+def test_nothing_but_main_reads_flags_and_one_module_talks_to_torch_distributed():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "util").glob("*.py"), *(ROOT / "datasets").glob("*.py")]:
+        source = path.read_text(encoding="utf-8")
+        if path.name not in ("main_jit.py", "checkpoint.py", "demo.py"):
+            assert "argparse" not in source, path
+        if path.name != "distributed.py":
+            assert "torch.distributed" not in source.split('"""', 2)[-1], path
+
+
+def test_the_demo_prompts_are_ready_to_edit():
+    assert main_jit.engine.test_prompts == [f"{what}の写真" for what in ("猫", "犬", "風景", "建物", "花", "車", "鳥", "食べ物", "人物", "動物")]

@@ -1,0 +1,152 @@
+"""Folders to samples: pairs, errors, the crop, broken files, and the stream of samples."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import CAPTIONS
+from PIL import Image
+
+from datasets.imagenet import ClassFolder
+from datasets.stream import StreamSampler, collate
+from datasets.text_image import TextImageFolder
+from datasets.transforms import center_crop, open_rgb, to_uint8
+from util.errors import UserError
+
+
+def test_pairs_of_any_depth_case_and_extension(tmp_path):
+    for name in ("images/深い/a.JPG", "images/b.c.WebP", "images/x.jpeg", "captions/深い/a.txt", "captions/b.c.txt", "captions/x.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.startswith("images"):
+            Image.new("RGB", (9, 9)).save(path)
+        else:
+            path.write_bytes("\ufeff一行目\r\n\r\n 二行目 \n".encode())
+    data = TextImageFolder(tmp_path, img_size=8)
+    assert len(data) == 3 and data.captions == (("一行目", "二行目"),) * 3
+    assert data.distinct_captions() == ["一行目", "二行目"]
+    assert {data.condition(0, n) for n in range(20)} == {"一行目", "二行目"}
+    assert [data.condition(0, n) for n in range(20)] == [data.condition(0, n) for n in range(20)]
+
+
+def test_everything_wrong_with_a_folder_is_one_error_with_counts_and_names(text_data):
+    (text_data / "captions" / "0.txt").unlink()
+    (text_data / "captions" / "1.txt").write_text(" \n\n", encoding="utf-8")
+    (text_data / "images" / "2.png").unlink()
+    with pytest.raises(UserError) as error:
+        TextImageFolder(text_data)
+    message = str(error.value)
+    assert "1 pictures without a caption file (0)" in message and "1 caption files without a line of text (1)" in message
+    assert "1 caption files without a picture (2)" in message and "--missing_captions skip" in message and "\n" not in message
+    data = TextImageFolder(text_data, missing="skip")
+    assert len(data) == 5 and "(0)" in data.skipped
+
+
+def test_folders_that_are_not_there_or_empty_or_of_the_other_kind(tmp_path, class_data, text_data):
+    with pytest.raises(UserError, match="class model is meant"):
+        TextImageFolder(class_data)
+    with pytest.raises(UserError, match="-Text model is meant"):
+        ClassFolder(text_data, 10)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "captions").mkdir()
+    with pytest.raises(UserError, match="no captioned pictures"):
+        TextImageFolder(tmp_path)
+    (text_data / "captions" / "0.txt").write_bytes("赤い三".encode("shift_jis"))
+    with pytest.raises(UserError, match="not UTF-8.*iconv"):
+        TextImageFolder(text_data)
+
+
+def test_class_folders_are_numbered_by_name_and_checked_against_class_num(class_data):
+    data = ClassFolder(class_data, 3, img_size=8)
+    assert len(data) == 12 and data.labels == (0,) * 4 + (1,) * 4 + (2,) * 4 and data.hflip
+    with pytest.raises(UserError, match="3 class folders, but --class_num is 2"):
+        ClassFolder(class_data, 2)
+    (class_data / "train" / "n04").mkdir()
+    with pytest.raises(UserError, match="n04"):
+        ClassFolder(class_data, 10)
+
+
+def test_center_crop_halves_by_box_then_bicubic_then_cuts_the_middle():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (130, 70, 3), dtype=np.uint8))
+    assert np.array_equal(np.asarray(center_crop(image, 70)), np.asarray(image)[30:100])  # no resizing: the plain middle
+    halves = np.asarray(image, dtype=float)[:, :].reshape(65, 2, 35, 2, 3).mean((1, 3))
+    box = np.asarray(center_crop(image, 35), dtype=float)
+    assert np.abs(box - halves[15:50]).max() <= 1  # Pillow rounds twice, once a direction
+    half = image.resize((35, 65), Image.Resampling.BOX)
+    small = half.resize((20, 37), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(center_crop(image, 20)), np.asarray(small)[8:28])
+    assert center_crop(Image.new("RGB", (3, 9)), 16).size == (16, 16)
+
+
+def test_odd_pictures_become_rgb(tmp_path):
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert np.asarray(open_rgb(str(tmp_path / "clear.png"))).min() == 255  # transparency lies on white
+    turned = Image.new("RGB", (4, 2))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_rgb(str(tmp_path / "turned.jpg")).size == (2, 4)
+    for mode in ("L", "CMYK", "P", "1", "LA"):
+        file = tmp_path / f"{mode}.{'tif' if mode == 'CMYK' else 'png'}"
+        Image.new(mode, (4, 4)).save(file)
+        assert to_uint8(open_rgb(str(file))).shape == (3, 4, 4)
+
+
+def test_a_broken_picture_is_replaced_and_named(text_data):
+    (text_data / "images" / "3.png").write_bytes(b"no picture")
+    data = TextImageFolder(text_data, img_size=16)
+    picture, caption, n, broken = data[3, 77]
+    assert torch.equal(picture, data.picture(4)) and caption == CAPTIONS[4] and n == 77
+    assert len(broken) == 1 and "3.png" in broken[0]
+
+
+def test_flip_is_off_for_text_and_a_function_of_the_sample_number(text_data, class_data):
+    plain, flipped = TextImageFolder(text_data, 16), TextImageFolder(text_data, 16, hflip=True)
+    assert all(torch.equal(plain[0, n][0], plain.picture(0)) for n in range(20))
+    flips = [torch.equal(flipped[0, n][0], plain.picture(0).flip(-1)) for n in range(40)]
+    assert 8 < sum(flips) < 32 and flips == [torch.equal(flipped[0, n][0], plain.picture(0).flip(-1)) for n in range(40)]
+
+
+def test_batches(text_data, class_data):
+    text, classes = TextImageFolder(text_data, 16), ClassFolder(class_data, 3, 16)
+    pictures, captions, numbers, broken = collate([text[0, 5], text[1, 6]])
+    assert pictures.shape == (2, 3, 16, 16) and pictures.dtype == torch.uint8
+    assert captions == CAPTIONS[:2] and numbers == [5, 6] and broken == []
+    assert collate([classes[0, 5], classes[11, 6]])[1].tolist() == [0, 2]
+
+
+def stream_of(world: int, batch: int, size: int = 10, batches: int = 6, epoch: int = 0) -> list[list[tuple[int, int]]]:
+    samplers = [StreamSampler(size, batch, batches, rank, world, seed=1) for rank in range(world)]
+    for sampler in samplers:
+        sampler.epoch = epoch
+    parts = [list(sampler) for sampler in samplers]
+    return [sum((part[i * batch : (i + 1) * batch] for part in parts), []) for i in range(batches)]
+
+
+def test_ranks_share_the_same_global_batches():
+    assert stream_of(1, 4) == stream_of(2, 2) == stream_of(4, 1)
+
+
+def test_every_picture_once_a_pass_in_a_new_order_each():
+    samples = sum(stream_of(1, 5, batches=6), [])
+    passes = [[index for index, n in samples if n // 10 == k] for k in range(3)]
+    assert all(sorted(order) == list(range(10)) for order in passes) and passes[0] != passes[1] != passes[2]
+    assert [n for _, n in samples] == list(range(30))
+
+
+def test_the_stream_goes_on_where_the_epoch_before_ended():
+    whole = stream_of(2, 2, batches=12)
+    assert whole == stream_of(2, 2, batches=6, epoch=0) + stream_of(2, 2, batches=6, epoch=1)
+
+
+def test_the_demo_holds_a_tenth_of_the_pairs_out(tmp_path):
+    from datasets.demo import COLOURS, HELD_OUT, digit_captions, write_digits
+
+    count = write_digits(tmp_path, 16)
+    data = TextImageFolder(tmp_path, 16)
+    assert len(data) == count and len(COLOURS) >= 6 and len(HELD_OUT) == len(COLOURS) * 10 // 10
+    for pair in HELD_OUT:
+        assert not set(digit_captions(*pair)) & set(data.distinct_captions())
+    pairs = [(colour, digit) for colour in COLOURS for digit in range(10) if (colour, digit) not in HELD_OUT]
+    assert set(data.distinct_captions()) == {caption for pair in pairs for caption in digit_captions(*pair)}

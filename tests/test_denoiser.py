@@ -1,0 +1,114 @@
+"""The method's facts: path, velocity, loss, guidance and solvers in closed form."""
+
+import math
+
+import pytest
+import torch
+
+from denoiser import DiffusionConfig, SamplerConfig, denoising_loss, guided, interpolate, sample, sample_time, solve, velocity
+from util.randomness import normal
+
+
+def test_path_ends_in_noise_and_data_and_its_velocity_is_their_difference():
+    x, eps = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    assert torch.equal(interpolate(x, eps, torch.zeros(4)), eps)
+    assert torch.equal(interpolate(x, eps, torch.ones(4)), x)
+    t = torch.tensor([0.0, 0.3, 0.6, 0.9])
+    torch.testing.assert_close(velocity(x, interpolate(x, eps, t), t), x - eps, rtol=1e-4, atol=1e-5)
+
+
+def test_velocity_is_bounded_near_data():
+    x, z = torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2)
+    assert velocity(x, z, torch.tensor([0.99]), 0.05).max().item() == pytest.approx(20)
+
+
+def test_loss_is_the_weighted_x_loss():
+    x, eps, x_pred = torch.randn(3, 5, 3, 8, 8)
+    t = torch.tensor([0.1, 0.5, 0.9, 0.97, 1.0])
+    loss = denoising_loss(lambda z, t, y: x_pred, x, eps, t, None)
+    weight = 1 / (1 - t).clamp_min(0.05) ** 2
+    torch.testing.assert_close(loss, (weight * (x - x_pred).square().mean((1, 2, 3))).mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_loss_of_a_network_that_knows_is_zero():
+    x, eps = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    assert denoising_loss(lambda z, t, y: x, x, eps, torch.rand(2), None) == 0
+
+
+def test_times_are_logit_normal():
+    t = sample_time(torch.linspace(-3, 3, 7), DiffusionConfig())
+    torch.testing.assert_close(t, torch.tensor([1 / (1 + math.exp(0.8 - 0.8 * n)) for n in range(-3, 4)]))
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_sampler_lands_on_the_only_picture_the_network_knows(method):
+    x = torch.rand(2, 3, 8, 8) * 2 - 1
+    config = SamplerConfig(method, steps=10)
+    out = sample(lambda z, t, y: x, torch.randn_like(x), torch.zeros(2), torch.zeros(2), DiffusionConfig(), config)
+    torch.testing.assert_close(out, x)
+
+
+def test_solvers_against_closed_forms():
+    z = torch.ones(1, 3, 2, 2)
+    growth = solve(lambda z, t: z, z, "euler", 8)
+    torch.testing.assert_close(growth, z * (1 + 1 / 8) ** 8)
+    heun = solve(lambda z, t: z, z, "heun", 8)
+    torch.testing.assert_close(heun, z * (1 + 1 / 8 + 1 / 128) ** 7 * (1 + 1 / 8))  # the last step is Euler
+    quadratic = solve(lambda z, t: torch.full_like(z, t), z, "heun", 8)
+    torch.testing.assert_close(quadratic, z + (7 / 8) ** 2 / 2 + 7 / 64)  # exact up to the last step
+
+
+def test_network_calls_per_picture():
+    for method, steps, cfg, interval, wanted in [
+        ("euler", 50, 1.0, (0, 1), 50),
+        ("heun", 50, 1.0, (0, 1), 99),
+        ("heun", 50, 3.0, (0, 1), 198),
+        ("heun", 50, 3.0, (0.1, 1), 99 + 88),  # evaluations at t <= 0.1: step 0 has t = 0, .02; ..., step 4 .08, .1; step 5 .1
+        ("heun", 50, 3.0, (0.1, 0.5), 99 + 38),
+    ]:
+        calls = []
+
+        def net(z, t, y, calls=calls):
+            calls.append(t[0].item())
+            return torch.zeros_like(z)
+
+        sample(net, torch.randn(1, 3, 2, 2), torch.ones(1), torch.zeros(1), DiffusionConfig(), SamplerConfig(method, steps, cfg, interval))
+        assert len(calls) == wanted
+        assert max(calls) < 1
+
+
+def test_guidance_extrapolates_inside_its_interval_only():
+    v_cond, v_null = (lambda z, t: z + 1), (lambda z, t: z)
+    v = guided(v_cond, v_null, 3.0, (0.1, 0.9))
+    z = torch.zeros(1)
+    assert [v(z, t).item() for t in (0, 0.1, 5 / 50, 0.11, 0.89, 0.9, 45 / 50, 1)] == [1, 1, 1, 3, 3, 1, 1, 1]
+    assert guided(v_cond, v_null, 3.0, (0.0, 1.0))(z, 0.0).item() == 3  # from 0 on if the interval starts at 0
+    assert guided(v_cond, None, 1.0, (0.0, 1.0))(z, 0.5).item() == 1  # scale 1 never asks the null branch
+
+
+def test_noise_scale_is_the_spread_of_the_start():
+    seen = []
+
+    def net(z, t, y):
+        seen.append(z)
+        return z
+
+    sample(net, torch.ones(1, 3, 2, 2), torch.zeros(1), torch.zeros(1), DiffusionConfig(noise_scale=2.0), SamplerConfig("euler", 1))
+    assert (seen[0] == 2).all()
+
+
+def test_solver_state_is_float32_though_the_network_is_not():
+    z = torch.randn(1, 3, 4, 4)
+    net = lambda z, t, y: z.bfloat16()  # noqa: E731
+    out = sample(net, z, torch.zeros(1), torch.zeros(1), DiffusionConfig(), SamplerConfig("heun", 4))
+    assert out.dtype == torch.float32
+    with pytest.raises(AssertionError, match="float32"):
+        solve(lambda z, t: z, z.bfloat16(), "euler", 2)
+
+
+def test_start_noise_of_a_picture_depends_on_its_number_alone():
+    whole = normal(0, "sample", range(6), (3, 4, 4))
+    assert torch.equal(whole[[4, 1]], normal(0, "sample", [4, 1], (3, 4, 4)))
+    assert not torch.equal(whole, normal(1, "sample", range(6), (3, 4, 4)))
+    assert not torch.equal(whole, normal(0, "eps", range(6), (3, 4, 4)))
+    assert abs(normal(0, "eps", range(400), (100,)).std().item() - 1) < 0.02

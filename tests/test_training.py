@@ -1,0 +1,239 @@
+"""Training as a whole, at toy size: resuming, ranks, accumulation, the frozen LLM, what stops a run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, write_text_data
+from PIL import Image
+
+import engine_jit
+import main_jit
+from util import checkpoint
+from util.errors import UserError
+
+TINY = ["--model", "JiT-Nano/8-Text", "--img_size", "16", "--device", "cpu", "--num_workers", "0", "--lr", "1e-3", "--log_freq", "2"]
+SAMPLING = ["--num_sampling_steps", "2", "--cfg", "2", "--num_images", "6", "--gen_bsz", "4"]
+
+
+def flags(data, llm, out, *more):
+    return [*TINY, "--data_path", str(data), "--llm_model_name", str(llm), "--output_dir", str(out), "--warmup_epochs", "1", *SAMPLING, *map(str, more)]
+
+
+def run(*argv):
+    """main_jit in this process; a UserError comes through."""
+    main_jit.start(main_jit.get_parser().parse_args(list(argv)))
+
+
+def weights(out, name="checkpoint-last.pth"):
+    return checkpoint.load(out / name)
+
+
+def assert_same_training(a, b, exact=True):
+    assert a["step"] == b["step"] and a["epoch"] == b["epoch"]
+    for key in ("model", "model_ema1", "model_ema2"):
+        for name, value in a[key].items():
+            if exact:
+                assert torch.equal(value, b[key][name]), (key, name)
+            else:
+                torch.testing.assert_close(value, b[key][name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for name, state in a["optimizer"].items():
+        assert not exact or all(torch.equal(value, b["optimizer"][name][key]) for key, value in state.items()), name
+
+
+def moved(state):
+    """How far training took the weights that start at zero."""
+    return state["model"]["net.final_layer.linear.weight"].abs().max().item()
+
+
+@pytest.mark.parametrize("extra", [[], ["--proj_dropout", "0.3", "--attn_dropout", "0.2"], ["--precision", "bf16"]])
+def test_n_and_n_resumed_epochs_equal_2n(text_data, llm_folder, tmp_path, extra):
+    common = ["--batch_size", 4, "--text_norm", "standardize", *extra]
+    run(*flags(text_data, llm_folder(), tmp_path / "whole", *common, "--epochs", 4))
+    for epochs in (2, 4):
+        run(*flags(text_data, llm_folder(), tmp_path / "parts", *common, "--epochs", epochs, "--resume", tmp_path / "parts"))
+    whole = weights(tmp_path / "whole")
+    assert whole["step"] == 8 and whole["epoch"] == 3 and moved(whole) > 1e-4
+    assert_same_training(whole, weights(tmp_path / "parts"))
+
+
+def test_accumulated_parts_take_the_step_of_the_whole_batch(text_data, llm_folder, tmp_path):
+    run(*flags(text_data, llm_folder(), tmp_path / "a", "--batch_size", 4, "--epochs", 2))
+    run(*flags(text_data, llm_folder(), tmp_path / "b", "--batch_size", 2, "--accum_iter", 2, "--epochs", 2))
+    assert_same_training(weights(tmp_path / "a"), weights(tmp_path / "b"), exact=False)
+
+
+def torchrun(processes, *argv, timeout=170):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "main_jit.py", *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_two_ranks_train_evaluate_resume_and_equal_one_process_with_the_double_batch(text_data, llm_folder, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(*flags(text_data, llm_folder(), one, "--batch_size", 4, "--epochs", 2, "--grad_clip", "1"))
+    parts = ["--batch_size", 2, "--grad_clip", "1", "--online_eval", "--resume", two]
+    for epochs in (1, 2):
+        done = torchrun(2, *flags(text_data, llm_folder(), two, *parts, "--epochs", epochs))
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed" in done.stdout and "next epoch 1, step 2" in done.stdout
+    assert "FID and IS are left out" in done.stdout or "FID-6" in done.stdout
+    a, b = weights(one), weights(two)
+    assert moved(a) > 1e-4
+    assert_same_training(a, b, exact=False)
+    assert len(list((two / "eval" / "epoch-1").glob("*.png"))) in (0, 6)
+
+
+def test_the_llm_is_bit_identical_after_training_and_in_no_checkpoint(text_data, llm_folder, tmp_path, monkeypatch):
+    encoders = []
+    load = main_jit.load_text_encoder
+    monkeypatch.setattr(main_jit, "load_text_encoder", lambda *args: encoders.append(load(*args)) or encoders[-1])
+    run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1))
+    fresh = load(str(llm_folder()), 77, torch.device("cpu"))
+    llm = encoders[0].llm
+    assert not any(module.training for module in llm.modules())
+    assert all(torch.equal(value, fresh.llm.state_dict()[name]) for name, value in llm.state_dict().items())
+    state = weights(tmp_path / "out")
+    assert not any("llm" in name or "embed_tokens" in name for key in ("model", "model_ema1", "optimizer") for name in state[key])
+    assert state["text"]["width"] == 32 and state["text"]["pooling"] == "mean"
+    torch.load(tmp_path / "out" / "checkpoint-last.pth", weights_only=True)  # plain data only
+
+
+def test_class_models_train_evaluate_and_draw(class_data, tmp_path):
+    common = ["--model", "JiT-Nano/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--batch_size", "4", *SAMPLING]
+    out = tmp_path / "out"
+    common += ["--data_path", str(class_data), "--output_dir", str(out)]
+    run(*common, "--epochs", "2", "--online_eval", "--warmup_epochs", "0")
+    run(*common, "--generate", "--resume", str(out), "--prompt", "2", "--prompt", "0")
+    assert (out / "samples" / "0001.png").is_file() and (out / "samples" / "prompts.txt").read_text() == "2\n0\n"
+    with pytest.raises(UserError, match="label numbers from 0 to 2"):
+        run(*common, "--generate", "--resume", str(out), "--prompt", "3")
+
+
+def test_a_trained_model_recalls_the_picture_of_each_caption(tmp_path, llm_folder):
+    """The least that conditioning must do: four captions, four flat colours, drawn apart again."""
+    colours = {"赤い三": (220, 0, 0), "富士山と桜の写真、2024年春": (0, 160, 0), "a black cat on a chair": (0, 0, 200), "ﾊﾝｶｸとＦＵＬＬ": (240, 240, 240)}
+    data, out = tmp_path / "data", tmp_path / "out"
+    for name in ("images", "captions"):
+        (data / name).mkdir(parents=True)
+    for i, (caption, colour) in enumerate(colours.items()):
+        Image.new("RGB", (16, 16), colour).save(data / "images" / f"{i}.png")
+        (data / "captions" / f"{i}.txt").write_text(caption, encoding="utf-8")
+    argv = flags(data, llm_folder(), out, "--text_norm", "standardize", "--batch_size", 32, "--epochs", 150, "--save_last_freq", 150)
+    run(*argv)
+    prompts = [part for caption in colours for part in ("--prompt", caption)]
+    run(*argv, "--generate", "--resume", str(out), *prompts)
+    for i, colour in enumerate(colours.values()):
+        drawn = torch.tensor(list(Image.open(out / "samples" / f"{i:04d}.png").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))))
+        nearest = min(colours.values(), key=lambda other: (drawn - torch.tensor(other)).square().sum().item())
+        assert nearest == colour, (i, drawn)
+
+
+def test_pictures_do_not_depend_on_the_batch_they_are_drawn_in(text_data, llm_folder, tmp_path):
+    argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 2)
+    run(*argv)
+    drawn = []
+    for size in (1, 4, 7):
+        run(*argv, "--resume", str(tmp_path / "out"), "--evaluate_gen", "--gen_bsz", str(size))
+        files = sorted((tmp_path / "out" / "eval").glob("*.png"))
+        drawn.append(torch.stack([torch.tensor(list(Image.open(file).tobytes()), dtype=torch.int) for file in files]))
+    assert drawn[0].shape == (6, 16 * 16 * 3) and drawn[0].float().std() > 5
+    assert all((other - drawn[0]).abs().max() <= 1 for other in drawn[1:])  # one level of 255: rounding
+
+
+def test_figures_against_the_data_itself(text_data, llm_folder, tmp_path, monkeypatch):
+    from test_util import tiny_extractor
+
+    monkeypatch.setattr("util.metrics.load_inception", lambda device: tiny_extractor)
+    argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1, "--online_eval", "--num_images", 16)
+    run(*argv)
+    assert (text_data / "fid_stats_16.npz").is_file()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "out"))
+    events.Reload()
+    assert {"train_loss", "lr", "grad_norm", "images_per_second", "fid", "is"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["test_prompts"] and events.Scalars("fid")[0].value > 0
+
+
+def test_evaluation_leaves_the_training_state_as_it_was(text_data, llm_folder, tmp_path):
+    for name, extra in (("plain", []), ("evaluated", ["--online_eval", "--eval_freq", 1])):
+        run(*flags(text_data, llm_folder(), tmp_path / name, "--batch_size", 4, "--epochs", 3, "--proj_dropout", "0.1", *extra))
+    assert_same_training(weights(tmp_path / "plain"), weights(tmp_path / "evaluated"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(text_data, llm_folder, tmp_path, monkeypatch):
+    argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--save_last_freq", 1)
+    run(*argv, "--epochs", "1")
+    before = (tmp_path / "out" / "checkpoint-last.pth").read_bytes()
+    loss = engine_jit.denoising_loss
+    calls = []
+    monkeypatch.setattr(engine_jit, "denoising_loss", lambda *args: loss(*args) * (float("nan") if len(calls) == 2 else 1) + 0 * len(calls.append(1) or []))
+    with pytest.raises(UserError, match=r"not finite at step 5 \(lr 1.00e-03\)"):
+        run(*argv, "--epochs", "4", "--resume", str(tmp_path / "out"), "--log_freq", "100")
+    assert (tmp_path / "out" / "checkpoint-last.pth").read_bytes() != before  # epoch 1, the last good one
+    assert weights(tmp_path / "out")["step"] == 4
+    assert all(value.isfinite().all() for value in weights(tmp_path / "out")["model"].values())
+
+
+def test_broken_pictures_are_listed_and_too_many_stop_the_run(tmp_path, llm_folder):
+    data = write_text_data(tmp_path / "data", 120)
+    (data / "images" / "7.png").write_bytes(b"broken")
+    argv = flags(data, llm_folder(), tmp_path / "out", "--batch_size", 40, "--epochs", 1)
+    run(*argv)
+    assert "7.png" in (tmp_path / "out" / "bad_images.txt").read_text()
+    with pytest.raises(UserError, match=r"7\.png.*--bad_images skip"):
+        run(*argv, "--bad_images", "error")
+    (data / "images" / "8.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="2 of 120 pictures cannot be read, over 1 %"):
+        run(*argv)
+
+
+def test_five_pictures_and_the_default_batch_size(tmp_path, llm_folder, capsys):
+    run(*flags(write_text_data(tmp_path / "data", 5), llm_folder(), tmp_path / "out", "--epochs", 1))
+    printed = capsys.readouterr().out
+    assert "a step takes 128 pictures and there are 5" in printed and "1 steps per epoch" in printed
+
+
+def test_a_small_batch_under_blr_is_warned_about(text_data, llm_folder, tmp_path, capsys):
+    argv = [flag for flag in flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 8, "--epochs", 1) if flag not in ("--lr", "1e-3")]
+    run(*argv)
+    printed = capsys.readouterr().out
+    assert "lr 1.56" in printed and "below 2e-05" in printed and "--accum_iter" in printed
+
+
+def test_a_checkpoint_of_another_setting_is_refused_in_one_line(text_data, llm_folder, tmp_path):
+    out = tmp_path / "out"
+    argv = flags(text_data, llm_folder(), out, "--batch_size", 4, "--epochs", 1)
+    run(*argv)
+    for extra, message in [
+        (["--model", "JiT-Nano/4-Text"], "--model is JiT-Nano/4-Text, but .* was trained with JiT-Nano/8-Text"),
+        (["--img_size", "32"], "--img_size"),
+        (["--noise_scale", "2"], "--noise_scale"),
+        (["--max_text_len", "33"], "--max_text_len"),
+        (["--text_norm", "standardize"], "--text_norm"),
+        (["--llm_model_name", str(llm_folder("bert"))], "--llm_model_name"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(*argv, *extra, "--generate", "--resume", str(out))
+
+
+def test_a_published_class_checkpoint_resumes_and_draws(class_data, tmp_path):
+    """Keys as the published files have them: `net.` names, an optimizer by position, a Namespace."""
+    import argparse
+
+    from models_jit import build_model
+
+    state = {f"net.{name}": value for name, value in build_model("JiT-Nano/8", input_size=16, num_classes=3).state_dict().items()}
+    args = argparse.Namespace(model="JiT-Nano/8", img_size=16, class_num=3, noise_scale=1.0)
+    optimizer = {"state": {0: {}}, "param_groups": [{"params": [0]}]}
+    path = tmp_path / "checkpoint-last.pth"
+    torch.save({"model": state, "model_ema1": state, "model_ema2": state, "optimizer": optimizer, "epoch": 1, "args": args}, path)
+    common = ["--model", "JiT-Nano/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", *SAMPLING]
+    common += ["--data_path", str(class_data), "--output_dir", str(tmp_path / "out"), "--resume", str(tmp_path)]
+    run(*common, "--generate")
+    assert len(list((tmp_path / "out" / "samples").glob("0*.png"))) == 3
+    run(*common, "--epochs", "3", "--batch_size", "4", "--warmup_epochs", "0")
+    assert weights(tmp_path / "out")["epoch"] == 2 and weights(tmp_path / "out")["step"] == 2 * 3 + 3

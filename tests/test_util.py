@@ -1,0 +1,251 @@
+"""EMA, learning rate, checkpoints, figures, sheet."""
+
+import argparse
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from util import checkpoint, metrics
+from util.ema import Ema
+from util.errors import UserError
+from util.lr_sched import lr_at
+from util.sheet import captioned_sheet, japanese_font, save_sheet, wrap
+
+
+def set_all(net: nn.Module, value: float) -> nn.Module:
+    with torch.no_grad():
+        for param in net.parameters():
+            param.fill_(value)
+    return net
+
+
+def test_ema_in_closed_form():
+    net = set_all(nn.Linear(2, 2), 1.0)
+    ema = Ema(net, 0.9, warmup=False)
+    set_all(net, 0.0)
+    for n in range(5):
+        ema.update(net, n)
+    assert ema.average["weight"][0, 0].item() == pytest.approx(0.9**5)
+
+
+def test_ema_warm_up_forgets_the_initial_weights():
+    net = set_all(nn.Linear(2, 2), 1.0)
+    warm, cold = Ema(net, 0.9999), Ema(net, 0.9999, warmup=False)
+    assert [warm.decay_at(n) for n in (0, 90, 10**7)] == [0.1, 0.91, 0.9999]
+    set_all(net, 0.0)
+    for n in range(100):
+        warm.update(net, n)
+        cold.update(net, n)
+    assert warm.average["weight"][0, 0] < 1e-9 and cold.average["weight"][0, 0] > 0.98
+    expected = math.prod((1 + n) / (10 + n) for n in range(100))
+    assert warm.average["weight"][0, 0].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_ema_swaps_in_and_out_bit_for_bit_and_leaves_buffers():
+    net = nn.BatchNorm1d(3)
+    ema = Ema(net, 0.5)
+    set_all(net, 7.0)
+    with ema.applied(net):
+        assert net.weight.eq(1).all()
+    assert net.weight.eq(7).all() and ema.average["weight"].eq(1).all()
+    assert set(ema.state_dict(net)) == set(net.state_dict()) and ema.state_dict(net)["weight"].eq(1).all()
+
+
+def test_learning_rate():
+    assert [lr_at(e, 2.0, 4, 10) for e in (0, 1, 4, 9.9)] == [0, 0.5, 2, 2]
+    cosine = [lr_at(e, 2.0, 4, 10, "cosine", 0.5) for e in (2, 4, 7, 10, 11)]
+    assert cosine == pytest.approx([1, 2, 1.25, 0.5, 0.5])
+    assert lr_at(0, 2.0, 0, 10) == 2
+
+
+def test_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint-last.pth"
+    checkpoint.save(path, {"model": {"net.a": torch.ones(2)}, "step": 1})
+
+    def dies(state, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(OSError, match="space"):
+        checkpoint.save(path, {"model": {}, "step": 2})
+    assert checkpoint.load(path)["step"] == 1
+
+
+def test_resume_finds_a_file_a_folder_or_says_what_is_wrong(tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    assert checkpoint.find(str(out), str(out)) is None  # new output_dir
+    for path in (other, tmp_path / "nothing"):
+        with pytest.raises(UserError, match="--resume"):
+            checkpoint.find(str(path), str(out))
+    (other / "checkpoint-100.pth").write_bytes(b"")
+    with pytest.raises(UserError, match="name the file"):
+        checkpoint.find(str(other), str(other))
+    (other / "checkpoint-last.pth").write_bytes(b"")
+    assert checkpoint.find(str(other), str(out)) == other / "checkpoint-last.pth"
+    assert checkpoint.find(str(other / "checkpoint-100.pth"), str(out)).name == "checkpoint-100.pth"
+    with pytest.raises(UserError, match="not a loadable checkpoint"):
+        checkpoint.load(other / "checkpoint-last.pth")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("/tmp/this-must-not-appear", "w"))
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    path = tmp_path / "bomb.pth"
+    torch.save({"model": {}, "args": Bomb()}, path)
+    with pytest.raises(UserError, match="not a loadable checkpoint"):
+        checkpoint.load(path)
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="not a loadable checkpoint"):
+        checkpoint.load(path)
+    np.savez(tmp_path / "bomb.npz", mu=np.array([Bomb], dtype=object), sigma=np.zeros(1))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        metrics.load_statistics(tmp_path / "bomb.npz")
+
+
+def test_a_published_checkpoint_opens(tmp_path):
+    path = tmp_path / "checkpoint-last.pth"
+    args = argparse.Namespace(model="JiT-B/16", img_size=256, cfg=2.9)
+    torch.save({"model": {"net.a": torch.ones(2)}, "optimizer": {"state": {}, "param_groups": []}, "epoch": 599, "args": args}, path)
+    state = checkpoint.load(path)
+    assert state["args"] == vars(args) and state["epoch"] == 599
+    assert checkpoint.without_prefix(state["model"], {"a": torch.zeros(2)}, "it")["a"].eq(1).all()
+
+
+def test_weights_that_do_not_fit_are_one_line():
+    expected = {"a": torch.zeros(2, 3)}
+    for state, message in [
+        ({}, "has no a"),
+        ({"net.a": torch.zeros(2, 4)}, r"a is \(2, 4\), wanted \(2, 3\)"),
+        ({"net.a": torch.zeros(2, 3), "net.b": 1}, "b has no place"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            checkpoint.without_prefix(state, expected, "file.pth")
+
+
+def test_optimizer_state_is_matched_by_name():
+    def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        return net, torch.optim.AdamW([{"params": [net[0].bias, net[1].bias]}, {"params": [net[1].weight, net[0].weight]}])
+
+    net, optimizer = trained()
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = checkpoint.optimizer_state(optimizer, net)
+    assert set(state) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    fresh, other = trained()
+    assert checkpoint.load_optimizer_state(other, fresh, state)
+    for name, param in fresh.named_parameters():
+        assert torch.equal(other.state[param]["exp_avg"], state[name]["exp_avg"]), name
+    assert not checkpoint.load_optimizer_state(other, fresh, {"state": {}, "param_groups": []})
+
+
+def tiny_extractor(pictures):
+    """Fixed features of uint8 pictures, in place of Inception's 2048."""
+    generator = torch.Generator().manual_seed(0)
+    weight, head = torch.randn(3 * 64, 16, generator=generator), torch.randn(16, 10, generator=generator)
+    features = torch.tanh(torch.nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 8).flatten(1) @ weight)
+    return features, features @ head
+
+
+def test_fid_and_is_equal_torch_fidelity():
+    import torch_fidelity
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    class Tiny(FeatureExtractorBase):
+        def __init__(self, name, features_list, **kwargs):
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list():
+            return "16", "logits_unbiased"
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric):
+            return {"isc": "logits_unbiased", "fid": "16"}[metric]
+
+        @staticmethod
+        def can_be_compiled():
+            return False
+
+        @staticmethod
+        def get_dummy_input_for_compile():
+            return None
+
+        def forward(self, x):
+            found = dict(zip(("16", "logits_unbiased"), tiny_extractor(x)))
+            return tuple(found[name] for name in self.features_list)
+
+    torch_fidelity.register_feature_extractor("tiny", Tiny)
+    a, b = (torch.randint(0, 256, (96, 3, 16, 16), generator=torch.Generator().manual_seed(i), dtype=torch.uint8) for i in range(2))
+    b = (b.float() * 0.8).to(torch.uint8)
+
+    class Pictures(torch.utils.data.Dataset):
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, i):
+            return self.rows[i]
+
+    wanted = torch_fidelity.calculate_metrics(
+        input1=Pictures(a), input2=Pictures(b), cuda=False, isc=True, fid=True, feature_extractor="tiny", cache=False, verbose=False, save_cpu_ram=True
+    )
+    moments = [metrics.Moments() for _ in range(2)]
+    for rows, moment in zip((a, b), moments):
+        for part in rows.split(40):
+            moment.add(tiny_extractor(part)[0])
+    fid = metrics.frechet_distance(*(moment.statistics() for moment in moments))
+    assert fid == pytest.approx(wanted["frechet_inception_distance"], rel=1e-5)
+    assert metrics.inception_score(tiny_extractor(a)[1]) == pytest.approx(wanted["inception_score_mean"], rel=1e-6)
+    assert metrics.frechet_distance(moments[0].statistics(), moments[0].statistics()) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    a = {"mu": np.zeros(3), "sigma": np.diag([1.0, 4.0, 9.0])}
+    b = {"mu": np.array([1.0, 2.0, 2.0]), "sigma": np.diag([4.0, 4.0, 1.0])}
+    assert metrics.frechet_distance(a, b) == pytest.approx(9 + 1 + 0 + 4)  # |mu|^2 + sum (s_a - s_b)^2
+
+
+def test_statistics_round_trip(tmp_path):
+    values = {"mu": np.arange(3.0), "sigma": np.eye(3)}
+    metrics.save_statistics(tmp_path / "s.npz", values, 7)
+    assert metrics.statistics_count(tmp_path / "s.npz") == 7
+    assert all(np.array_equal(metrics.load_statistics(tmp_path / "s.npz")[name], values[name]) for name in values)
+    np.savez(tmp_path / "other.npz", mean=np.zeros(1))
+    with pytest.raises(UserError, match="mu and sigma"):
+        metrics.load_statistics(tmp_path / "other.npz")
+
+
+def test_japanese_captions_show_on_the_sheet():
+    assert japanese_font() is not None
+    pictures = [Image.new("RGB", (16, 16), "white")] * 3
+    one, two = (np.asarray(captioned_sheet(pictures, [text] * 3)[0]) for text in ("猫", "鯨"))
+    assert (one < 64).any() and (one != two).any()  # ink, and not the box of a missing glyph
+
+
+def test_long_captions_are_wrapped():
+    from PIL import ImageFont
+
+    font = ImageFont.truetype(japanese_font(), 14)
+    text = wrap("夕焼けの海辺を走る柴犬の写真" * 3, font, 128)
+    assert text.count("\n") == 1 and text.endswith("…") and all(font.getlength(line) <= 128 for line in text.split("\n"))
+    assert wrap("猫", font, 128) == "猫"
+
+
+def test_without_a_font_captions_go_into_a_text_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("util.sheet.japanese_font", lambda: None)
+    save_sheet(tmp_path / "sheet.png", [Image.new("RGB", (8, 8))], ["猫の写真"])
+    assert (tmp_path / "sheet.txt").read_text(encoding="utf-8") == "猫の写真\n" and (tmp_path / "sheet.png").is_file()
