@@ -363,6 +363,10 @@ def describe_run(args: argparse.Namespace, run: Run, config: engine.TrainConfig)
     if args.lr is None and config.lr < LOW_LR:
         say(f"warning: --blr {args.blr} and an effective batch of {batch} give a learning rate of {config.lr:.1e}, below {LOW_LR:.0e}: "
             "training will be very slow. Set --lr (1e-4 to 2e-4 for JiT-B and larger), or raise --accum_iter")  # fmt: skip
+    if args.img_size > 256 and args.noise_scale == 1:
+        say(f"warning: --noise_scale 1 at {args.img_size} pixels; the paper scales the noise by img_size / 256, here {args.img_size / 256:g}")
+    if args.label_drop_prob == 0 and args.cfg != 1:
+        say("warning: with --label_drop_prob 0 the network never learns the null that --cfg needs")
     if args.warmup_epochs >= args.epochs:
         say(f"warning: --warmup_epochs {args.warmup_epochs:g} is not shorter than --epochs {args.epochs}; the learning rate never reaches its peak")
     if batch > len(run.dataset):

@@ -56,12 +56,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Collective."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def wrap(net: nn.Module, device: torch.device) -> nn.Module:
     """The network as DDP trains it, or as it is in a world of one.  Collective: starts from rank 0's weights."""
     if not dist.is_initialized():
@@ -116,6 +110,11 @@ def gather_objects(value) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def barrier() -> None:
+    """Collective.  Over the CPU's group, so it needs no GPU to be named."""
+    gather_objects(None)
 
 
 def from_main(value):
