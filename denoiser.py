@@ -76,7 +76,7 @@ def guided(v_cond: VelocityFn, v_null: VelocityFn, scale: float, interval: tuple
 
     Elsewhere, and at scale 1, the null branch is not computed.  Interval: arXiv:2404.07724; scale on v as in JiT.
     """
-    low, high = interval
+    low, high = torch.tensor(interval, dtype=torch.float32).tolist()  # as the published sampler compares: t is float32 there
 
     def v_fn(z: Tensor, t: float) -> Tensor:
         v = v_cond(z, t)
@@ -92,10 +92,10 @@ def solve(v_fn: VelocityFn, z: Tensor, method: str, steps: int) -> Tensor:
     """Integrate dz/dt = v_fn(z, t) over `steps` uniform steps from t = 0 to 1.
 
     "euler", or "heun" whose last step is an Euler step, since v is not defined at t = 1.
-    Times are i / steps in double precision, so that t = 5 / 50 compares equal to an interval that starts at 0.1.
+    The times are float32, so that guidance sets in at the same step as in the published sampler.
     """
     assert z.dtype == torch.float32, f"the solver's state must be float32, not {z.dtype}"
-    for t, t_next in pairwise(i / steps for i in range(steps + 1)):
+    for t, t_next in pairwise(torch.linspace(0, 1, steps + 1).tolist()):
         v = v_fn(z, t)
         if method == "heun" and t_next < 1:
             v = (v + v_fn(z + (t_next - t) * v, t_next)) / 2

@@ -79,7 +79,7 @@ class TrainState:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy without waiting for the GPU."""
+    """Copy a small tensor without waiting for the GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -102,7 +102,7 @@ def drop_conditions(y: Tensor, null: Tensor, numbers: Sequence[int], probability
 def batch_loss(net: Net, batch: tuple, conditions: Conditions, diffusion: DiffusionConfig, config: TrainConfig, device: torch.device) -> Tensor:
     """The loss of one batch of the loader; its noise, times and dropped conditions follow from the samples' numbers."""
     pictures, raw, numbers, _ = batch
-    x = to_device(pictures, device).float() / 127.5 - 1
+    x = pictures.to(device, non_blocking=True).float() / 127.5 - 1  # pinned by the loader unless --no_pin_mem
     y = to_device(drop_conditions(conditions(raw), conditions.null, numbers, config.label_drop_prob, config.seed), device)
     t = to_device(sample_time(normal(config.seed, "t", numbers, ()), diffusion), device)
     eps = diffusion.noise_scale * normal(config.seed, "eps", numbers, x.shape[1:], device)
@@ -119,6 +119,11 @@ class Report:
     def _start(self) -> None:
         self.losses, self.first_bad, self.since = [], None, time.perf_counter()
 
+    def resume_clock(self) -> None:
+        """Leave out of the speed what was done between epochs."""
+        if not self.losses:
+            self.since = time.perf_counter()
+
     def add(self, loss: Tensor, step: int) -> None:
         """Note the loss of step `step` without reading it."""
         bad = torch.where(loss.isfinite(), math.inf, float(step))
@@ -131,6 +136,8 @@ class Report:
         mean = dist.mean_over_ranks(torch.stack(self.losses).mean())
         first_bad = dist.min_over_ranks(self.first_bad)
         loss, bad_step, norm = torch.stack([mean, first_bad, grad_norm.float()]).tolist()
+        if bad_step == math.inf and not math.isfinite(norm):
+            bad_step = step  # a finite loss whose gradient is not
         if bad_step < math.inf:
             raise UserError(
                 f"the loss is not finite at step {bad_step:.0f} (lr {lr:.2e}); the last checkpoint is untouched. Try a smaller --lr or --grad_clip 1"
@@ -167,6 +174,7 @@ def train_one_epoch(
     `parallel` is `state.net` as DDP runs it; with `read_last` the last step's loss is read, and so known to be finite.
     """
     state.net.train()
+    report.resume_clock()
     parameters = [p for p in state.net.parameters() if p.requires_grad]
     net = in_precision(parallel, device, config.bf16)
     batches = iter(loader)
@@ -272,22 +280,29 @@ class _ReferenceView(Dataset):
             return None
 
 
-def _readable_rows(rows: list[Tensor | None]) -> list[Tensor]:
-    return [row for row in rows if row is not None]
+def _stack_readable(rows: list[Tensor | None]) -> Tensor:
+    """One tensor a batch: a list of them would take a file descriptor for each picture on its way from the worker."""
+    rows = [row for row in rows if row is not None]
+    return torch.stack(rows) if rows else torch.empty(0)
 
 
 def reference_statistics(dataset, extractor: metrics.Extractor, path: Path, batch_size: int, num_workers: int) -> metrics.Statistics:
-    """FID's reference: all pictures under the training transform, made once and kept at `path`.  Collective."""
-    if dist.from_main(path.is_file() and metrics.statistics_count(path) == len(dataset)):
-        return metrics.load_statistics(path)
+    """FID's reference: all pictures under the training transform, made once and kept at `path`.  Collective.
+
+    A file that does not say from how many pictures it was made is somebody else's, and taken as it is.
+    """
+    count = dist.from_main(metrics.statistics_count(path))
+    if count in (0, len(dataset)):
+        say(f"reference statistics: {path}" + ("" if count else ", which does not say of how many pictures"))
+        return dist.from_main(metrics.load_statistics(path) if dist.is_main() else None)
     say(f"reference statistics of {len(dataset)} pictures, made once, kept in {path}")
     view = _ReferenceView(dataset, range(dist.rank(), len(dataset), dist.world_size()))
     moments = metrics.Moments()
-    loader = DataLoader(view, batch_size, num_workers=num_workers, collate_fn=_readable_rows)
+    loader = DataLoader(view, batch_size, num_workers=num_workers, collate_fn=_stack_readable)
     with progress(len(view), "reference", unit="picture") as bar:
         for rows in loader:
-            if rows:
-                moments.add(extractor(torch.stack(rows))[0])
+            if len(rows):
+                moments.add(extractor(rows)[0])
             bar.update(len(rows))
     values = moments.statistics()
     if dist.is_main():
@@ -309,8 +324,6 @@ def evaluate(
     Args: y_of: numbers of pictures -> conditions; folder: where to keep the pictures as PNG, if at all.
     Returns: {"fid", "is"}, or {} where there is no extractor.
     """
-    if num_images < dist.world_size():
-        raise UserError(f"--num_images {num_images} is less than the {dist.world_size()} processes")
     moments, logits, order = metrics.Moments(), [], []
     if folder:
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,13 +5,13 @@ The only file that reads flags: flags -> objects -> the epoch loop.
 
 import argparse
 import difflib
+import math
 import os
-import sys
-import time
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -28,7 +28,7 @@ from text_encoder import CaptionTable, FeatureNorm, load_text_encoder
 from util import checkpoint, metrics
 from util import distributed as dist
 from util.ema import Ema
-from util.errors import UserError
+from util.errors import UserError, leave
 from util.logging import Board, progress, say
 from util.randomness import derive
 
@@ -45,8 +45,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown flag {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}")
         return args
 
-    def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}\n" if os.environ.get("RANK", "0") == "0" else "")
+    def error(self, message: str) -> NoReturn:
+        leave(f"error: {message}", 2)
 
 
 def get_parser() -> Parser:
@@ -170,8 +170,13 @@ def check_args(args: argparse.Namespace) -> None:
     require(args.is_text or not args.use_text_conditioning, f"--use_text_conditioning needs a text model; try --model {args.model}-Text")
     require(args.freeze_llm, "--no-freeze_llm: the LLM is always frozen, since its features are computed once for the whole run; leave the flag out")
     defaults = get_parser().parse_args([])
-    for flag in () if args.is_text else ("llm_model_name", "max_text_len", "text_norm", "missing_captions"):
-        require(getattr(args, flag) == getattr(defaults, flag), f"--{flag} has no effect on the class model {args.model}; try --model {args.model}-Text")
+    for flag in ("class_num",) if args.is_text else ("llm_model_name", "max_text_len", "text_norm", "missing_captions"):
+        require(getattr(args, flag) == getattr(defaults, flag), f"--{flag} has no effect on the {'text' if args.is_text else 'class'} model {args.model}")
+    require(args.lr is None or args.blr == defaults.blr, "--lr and --blr: give one of them")
+    require(args.min_lr == 0 or args.lr_schedule == "cosine", "--min_lr is where --lr_schedule cosine ends; add that, or leave it out")
+
+    for flag, value in vars(args).items():
+        require(not isinstance(value, float) or math.isfinite(value), f"--{flag} {value} must be a finite number")
 
     for flag in (
         "epochs",
@@ -190,7 +195,7 @@ def check_args(args: argparse.Namespace) -> None:
     for flag in ("num_workers", "seed", "warmup_epochs", "min_lr", "weight_decay", "cfg"):
         require(getattr(args, flag) >= 0, f"--{flag} {getattr(args, flag)} must not be negative")
     for flag in ("blr", "P_std", "noise_scale", "lr", "grad_clip"):
-        require(getattr(args, flag) is None or 0 < getattr(args, flag) < float("inf"), f"--{flag} {getattr(args, flag)} must be positive")
+        require(getattr(args, flag) is None or getattr(args, flag) > 0, f"--{flag} {getattr(args, flag)} must be positive")
     for flag in ("attn_dropout", "proj_dropout", "ema_decay1", "ema_decay2", "t_eps"):
         require(0 <= getattr(args, flag) < 1, f"--{flag} {getattr(args, flag)} must be in [0, 1)")
     require(args.t_eps > 0, "--t_eps 0 would divide by zero at t = 1; the paper uses 0.05")
@@ -200,7 +205,7 @@ def check_args(args: argparse.Namespace) -> None:
     start = args.start_epoch or 0
     require(0 <= start < args.epochs, f"--start_epoch {start} must be in [0, epochs), and --epochs is {args.epochs}")
 
-    require(not (args.generate and args.evaluate_gen), "--generate and --evaluate_gen are two runs; give one of them")
+    require(args.generate + args.evaluate_gen + args.online_eval <= 1, "--generate, --evaluate_gen and --online_eval are three runs; give one of them")
     drawing = "--generate" if args.generate else "--evaluate_gen" if args.evaluate_gen else ""
     require(not drawing or args.resume is not None, f"{drawing} needs a trained model: --resume FOLDER_OR_FILE")
     for flag in ("prompt", "prompts_file"):
@@ -236,7 +241,21 @@ def make_dataset(args: argparse.Namespace) -> PictureDataset:
         if dataset.skipped:
             say(f"--missing_captions skip: left out {dataset.skipped}")
         return dataset
-    return ClassFolder(args.data_path, args.class_num, args.img_size, args.hflip is not False, args.seed)
+    dataset = ClassFolder(args.data_path, args.class_num, args.img_size, args.hflip is not False, args.seed)
+    if len(dataset.classes) < args.class_num:
+        say(f"warning: {len(dataset.classes)} class folders and --class_num {args.class_num}: the other classes are never trained")
+    return dataset
+
+
+def make_output_dir(name: str) -> Path:
+    """Raises: UserError where nothing can be written."""
+    path = Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"--output_dir {name} cannot be written to: {error.strerror}") from error
+    return path
 
 
 def check_resumed(args: argparse.Namespace, state: dict[str, Any], path: Path) -> None:
@@ -244,9 +263,11 @@ def check_resumed(args: argparse.Namespace, state: dict[str, Any], path: Path) -
     saved = state["args"]
     if args.is_text and "text" not in state:
         raise UserError(f"--model {args.model} is a text model, but {path} does not say how its text features were made; is it of a class model?")
-    flags = ("model", "img_size", "noise_scale") + (() if args.is_text else ("class_num",))
-    for flag in flags:
-        if flag in saved and saved[flag] != getattr(args, flag):
+    if args.is_text:
+        saved = saved | {"llm_model_name": state["text"]["llm"], **{flag: state["text"][flag] for flag in ("max_text_len", "text_norm")}}
+    for flag in ("model", "img_size", "noise_scale") + (("llm_model_name", "max_text_len", "text_norm") if args.is_text else ("class_num",)):
+        moved = flag == "llm_model_name" and (os.path.isdir(args.llm_model_name) or os.path.isdir(saved[flag]))  # a folder may have another name now
+        if flag in saved and saved[flag] != getattr(args, flag) and not moved:
             raise UserError(f"--{flag} is {getattr(args, flag)}, but {path} was trained with {saved[flag]}; give --{flag} {saved[flag]}")
 
 
@@ -266,18 +287,18 @@ def prepare_text(args: argparse.Namespace, captions: list[str], prompts: list[st
     Raises: UserError where `saved`, the description in a checkpoint, tells of other features.
     """
     say(f"text: {len(captions)} captions and {len(prompts)} prompts through {args.llm_model_name}")
-    encoder = load_text_encoder(args.llm_model_name, args.max_text_len, device)
+    revision = saved["revision"] or None if saved and saved["llm"] == args.llm_model_name else None
+    encoder = load_text_encoder(args.llm_model_name, args.max_text_len, device, revision)
     description = {**encoder.describe(), "text_norm": args.text_norm}
     for key, value in (saved or {}).items():
-        renamed = key in ("llm", "revision") and (os.path.isdir(args.llm_model_name) or os.path.isdir(str(saved["llm"])))
-        if key in description and value != description[key] and not renamed:
-            flag = {"text_norm": "--text_norm", "max_text_len": "--max_text_len"}.get(key, "--llm_model_name")
-            raise UserError(f"the checkpoint's text features were made with {key} {value}, this run's with {description[key]}; see {flag}")
+        if key in description and key not in ("llm", "revision") and value != description[key]:
+            raise UserError(f"the checkpoint's text features were made with {key} {value}, this run's with {description[key]}; see --llm_model_name")
     table = CaptionTable(encoder, [*captions, *prompts])
     if args.text_norm == "standardize":
-        table.norm = FeatureNorm(saved["mean"], saved["std"]) if saved else FeatureNorm.of(table(captions))
+        table.norm = FeatureNorm(saved["mean"].clone(), saved["std"].clone()) if saved else FeatureNorm.of(table.features[: len(captions)])
         description |= {"mean": table.norm.mean, "std": table.norm.std}
-    return TextPath(table, description, encoder.width, sum(p.numel() for p in encoder.llm.parameters()))
+    frozen = sum(p.numel() for p in encoder.llm.parameters())
+    return TextPath(table, description, encoder.width, frozen)
 
 
 def build_network(args: argparse.Namespace, text: TextPath, device: torch.device) -> JiT:
@@ -313,11 +334,13 @@ class Run:
     painter: engine.Painter
     extractor: metrics.Extractor | None
     output_dir: Path
+    known_broken: int = 0
 
     def y_of(self, numbers: Sequence[int]) -> Tensor:
         """Conditions of an evaluation's pictures: captions spread over the data set, or balanced labels."""
         if not self.args.is_text:
-            return self.text.conditions([i % self.args.class_num for i in numbers])
+            classes = len(self.dataset.classes) if self.dataset else self.args.class_num
+            return self.text.conditions([i % classes for i in numbers])
         size, count = len(self.dataset), self.args.num_images
         return self.text.conditions([self.dataset.condition(i * size // count if count < size else i % size, i) for i in numbers])
 
@@ -394,10 +417,14 @@ def save_checkpoint(run: Run, path: Path, epoch: int) -> None:
 def write_broken(run: Run) -> None:
     """All ranks' unreadable pictures into output_dir/bad_images.txt.  Collective."""
     broken = sorted(set().union(*dist.gather_objects(run.state.broken)))
-    if broken and dist.is_main():
-        (run.output_dir / "bad_images.txt").write_text("\n".join(broken) + "\n", encoding="utf-8")
-    new = len(broken) - len(run.state.broken)
-    engine.note_broken(run.state, broken if new else [], len(run.dataset), "skip")
+    if len(broken) > run.known_broken:
+        run.known_broken = len(broken)
+        path = run.output_dir / "bad_images.txt"
+        say(f"{len(broken)} unreadable pictures so far, listed in {path}")
+        if dist.is_main():
+            before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            path.write_text("\n".join(sorted({*before, *broken})) + "\n", encoding="utf-8")
+    engine.note_broken(run.state, broken, len(run.dataset), "skip")
 
 
 def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list) -> None:
@@ -478,14 +505,24 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
     """Data, features, network and weights, the cheap and the fallible first.  Collective."""
     drawing = args.generate or args.evaluate_gen
     needs_data = not args.generate and (args.is_text or not drawing or os.path.isdir(args.data_path))
+    output_dir = make_output_dir(args.output_dir)
     dataset = make_dataset(args) if needs_data else None
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    if args.evaluate_gen and not dataset:
+        say(f"FID and IS are left out: no data to compare with at --data_path {args.data_path}")
+    if (args.evaluate_gen or args.online_eval) and args.num_images < dist.world_size():
+        raise UserError(f"--num_images {args.num_images} is less than the {dist.world_size()} processes")
     extractor = find_inception(device) if dataset and (args.online_eval or args.evaluate_gen) else None
+    seen = dist.gather_objects((len(dataset or ()), saved and (saved.get("epoch"), saved.get("step"))))
+    if len(set(seen)) > 1:
+        raise UserError(
+            f"the processes see different data or checkpoints (pictures, (epoch, step)): {seen}; do all nodes see the same --data_path and --resume?"
+        )
 
     if args.is_text:
         captions = dataset.distinct_captions() if dataset else []
         text = prepare_text(args, captions, prompts, saved["text"] if saved else None, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the LLM took
     else:
         text = TextPath(engine.LabelConditions(args.class_num))
     net = build_network(args, text, device)
@@ -516,6 +553,9 @@ def start(args: argparse.Namespace) -> None:
     path = checkpoint.find(args.resume, args.output_dir) if args.resume else None
     if path is None and (args.generate or args.evaluate_gen):
         raise UserError(f"--resume {args.resume} holds no checkpoint yet, so there is nothing to draw with")
+    unasked = Path(args.output_dir) / checkpoint.LAST
+    if args.resume is None and unasked.exists():
+        raise UserError(f"{unasked} is there already; go on with it by --resume {args.output_dir}, or name another --output_dir")
     saved = checkpoint.load(path) if path else None
     if saved:
         check_resumed(args, saved, path)
@@ -535,6 +575,7 @@ def start(args: argparse.Namespace) -> None:
     else:
         config = train_config(args, len(run.dataset), uses_bf16(args, device))
         first_epoch = resume_training(args, saved, path, run.state, config) if saved else args.start_epoch or 0
+        saved = None  # tens of gigabytes, for the large models
         describe_run(args, run, config)
         if first_epoch >= args.epochs:
             say(f"nothing to train: {first_epoch} of --epochs {args.epochs} epochs are done")
@@ -546,11 +587,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         start(args)
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)  # the same error on rank 0 ends the run before; a line of this rank is for one of its own
-        sys.exit(f"error: {error}")
-    finally:
-        dist.shutdown()
+        leave(f"error: {error}", 1)
+    dist.shutdown()
 
 
 if __name__ == "__main__":

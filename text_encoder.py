@@ -82,7 +82,7 @@ class TextEncoder:
 
     def encode_all(self, captions: list[str], batch_size: int = 64) -> Tensor:
         """(len(captions), width), encoded by all ranks together, each its share.  Collective.  Progress on rank 0."""
-        order = sorted(range(len(captions)), key=lambda i: len(captions[i]))  # like lengths together: little padding
+        order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))  # like lengths together, the longest first: memory fails at once
         mine = order[dist.rank() :: dist.world_size()]
         features = torch.empty(len(mine), self.width)
         starts = tqdm(range(0, len(mine), batch_size), desc="captions", disable=not dist.is_main() or len(mine) < 20 * batch_size, mininterval=2)
@@ -111,8 +111,8 @@ class TextEncoder:
         }
 
 
-def load_text_encoder(name: str, max_len: int, device: torch.device) -> TextEncoder:
-    """A Hugging Face folder or hub name to an encoder: bf16 on a GPU, float32 on a CPU.
+def load_text_encoder(name: str, max_len: int, device: torch.device, revision: str | None = None) -> TextEncoder:
+    """A Hugging Face folder or hub name (at `revision`, if given) to an encoder: bf16 on a GPU, float32 on a CPU.
 
     Raises: UserError, in one line, where there is no such model or its weights do not fill it.
     """
@@ -123,14 +123,17 @@ def load_text_encoder(name: str, max_len: int, device: torch.device) -> TextEnco
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise UserError(f"--llm_model_name {name}: no such folder, and not a hub name like llm-jp/llm-jp-3-150m")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        llm, report = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        llm, report = AutoModel.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # no such model, a cut file, a package that is missing: each its own exception
         raise UserError(f"--llm_model_name {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     missing = [key for key in report["missing_keys"] if "pooler" not in key]  # BERT's pooler is not used here
     if missing:
         raise UserError(f"--llm_model_name {name}: {len(missing)} weights are missing from its files, first {missing[0]}")
+    longest = getattr(llm.config, "max_position_embeddings", None)
+    if longest is not None and max_len > longest:
+        raise UserError(f"--max_text_len {max_len} is more than {name} can read; wanted {longest} at most")
     return TextEncoder(llm, tokenizer, max_len, name, device)
 
 

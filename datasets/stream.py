@@ -34,15 +34,18 @@ class PictureDataset(Dataset):
         return to_uint8(center_crop(open_rgb(self.paths[index]), self.img_size))
 
     def readable(self, index: int) -> tuple[Tensor, int, list[str]]:
-        """The first picture from `index` on that can be read, its number, and the files passed over."""
+        """The first picture from `index` on that can be read, its number, and the files passed over.
+
+        Gives up, with an empty picture, when over 1 % of the files in a row cannot be read: then the caller stops the run.
+        """
         broken = []
-        for offset in range(len(self)):
+        for offset in range(len(self) // 100 + 2):
             at = (index + offset) % len(self)
             try:
                 return self.picture(at), at, broken
             except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, bombs
                 broken.append(f"{self.paths[at]}: {type(error).__name__}: {error}")
-        return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), index, broken  # all broken: the caller stops
+        return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), index, broken
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, str | int, int, list[str]]:
         index, n = key

@@ -10,6 +10,8 @@ def open_rgb(path: str) -> Image.Image:
     """An RGB picture: turned upright by its EXIF tag, transparency laid on white."""
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
+            image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

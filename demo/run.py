@@ -7,6 +7,7 @@ type, printed before it runs; the data is an ordinary images/ + captions/ folder
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -139,6 +140,8 @@ def main() -> None:
     parser.add_argument("--text_norm", choices=("standardize", "none"), default="standardize", help="for digits: what standardized features are worth")
     args = parser.parse_args()
     out = args.out or Path("demo_output") / args.what
+    for name in ("data", "llm", "run"):  # what an earlier demo left
+        shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     if args.what == "digits":
         digits(out, args.llm, args.epochs or 8, args.text_norm)

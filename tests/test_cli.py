@@ -47,6 +47,12 @@ def test_defaults():
         (["--use_text_conditioning"], "try --model JiT-B/16-Text"),
         ([*TEXT, "--no-freeze_llm"], "always frozen"),
         (["--llm_model_name", "x/y"], "no effect on the class model"),
+        ([*TEXT, "--class_num", "10"], "no effect on the text model"),
+        (["--lr", "1e-4", "--blr", "1e-4"], "--lr and --blr"),
+        (["--min_lr", "1e-5"], "--lr_schedule cosine"),
+        (["--P_mean", "nan"], "--P_mean nan must be a finite number"),
+        (["--cfg", "inf"], "--cfg inf"),
+        (["--generate", "--online_eval", "--resume", "x"], "three runs"),
         (["--text_norm", "standardize"], "no effect on the class model"),
         (["--epochs", "0"], "--epochs 0 must be at least 1"),
         (["--batch_size", "-3"], "--batch_size"),
@@ -61,7 +67,7 @@ def test_defaults():
         (["--start_epoch", "200"], "--start_epoch 200"),
         (["--generate"], "--generate needs a trained model"),
         (["--evaluate_gen"], "--evaluate_gen needs a trained model"),
-        (["--generate", "--evaluate_gen", "--resume", "x"], "two runs"),
+        (["--generate", "--evaluate_gen", "--resume", "x"], "three runs"),
         (["--prompt", "猫"], "is for --generate"),
         (["--generate", "--resume", "x", "--prompt", "猫", "--prompts_file", "f"], "give one of them"),
     ],
@@ -102,14 +108,16 @@ def test_every_flag_is_read_and_explained():
         (["--resume", "/nothing"], "error: --resume /nothing: no such file or folder"),
         ([*TEXT, "--generate", "--resume", "/nothing", "--prompts_file", "/nothing"], "error: --prompts_file /nothing cannot be read"),
         (["--device", "cuda"], "error: --device cuda"),
+        (["--output_dir", "/dev/null"], "error: --output_dir /dev/null cannot be written to"),
     ],
 )
-def test_what_a_user_sees_is_one_line(argv, message, tmp_path, monkeypatch):
+def test_what_a_user_sees_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         main_jit.main(argv)
-    assert str(stop.value.code).startswith(message) and "\n" not in str(stop.value.code)
+    printed = capsys.readouterr().err
+    assert stop.value.code == 1 and printed.startswith(message) and printed.count("\n") == 1
 
 
 def commands(name: str) -> list[str]:

@@ -93,6 +93,12 @@ def test_odd_pictures_become_rgb(tmp_path):
         assert to_uint8(open_rgb(str(file))).shape == (3, 4, 4)
 
 
+def test_sixteen_bit_greys_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    assert np.abs(np.asarray(open_rgb(str(tmp_path / "deep.png")))[..., 0].ravel() - np.arange(256.0)).max() <= 1
+
+
 def test_a_broken_picture_is_replaced_and_named(text_data):
     (text_data / "images" / "3.png").write_bytes(b"no picture")
     data = TextImageFolder(text_data, img_size=16)

@@ -111,6 +111,11 @@ def test_what_cannot_be_loaded_is_one_line_with_the_flag(tmp_path, llm_folder):
         assert "\n" not in str(error.value)
 
 
+def test_more_tokens_than_the_model_reads_are_refused(llm_folder):
+    with pytest.raises(UserError, match=r"--max_text_len 300 .* wanted 256 at most"):
+        load_text_encoder(str(llm_folder()), 300, CPU)
+
+
 def test_features_that_are_not_finite_name_their_caption(llm_folder):
     encoder = load_text_encoder(str(llm_folder()), 40, CPU)
     encoder.llm.norm.weight.data[0] = float("nan")

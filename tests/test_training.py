@@ -185,10 +185,24 @@ def test_broken_pictures_are_listed_and_too_many_stop_the_run(tmp_path, llm_fold
     run(*argv)
     assert "7.png" in (tmp_path / "out" / "bad_images.txt").read_text()
     with pytest.raises(UserError, match=r"7\.png.*--bad_images skip"):
-        run(*argv, "--bad_images", "error")
+        run(*argv, "--bad_images", "error", "--output_dir", str(tmp_path / "other"))
     (data / "images" / "8.png").write_bytes(b"broken")
     with pytest.raises(UserError, match="2 of 120 pictures cannot be read, over 1 %"):
+        run(*argv, "--output_dir", str(tmp_path / "third"))
+
+
+def test_a_forgotten_resume_does_not_overwrite_a_checkpoint(text_data, llm_folder, tmp_path):
+    argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1)
+    run(*argv)
+    with pytest.raises(UserError, match="is there already; go on with it by --resume"):
         run(*argv)
+
+
+def test_a_finite_loss_with_an_infinite_gradient_is_not_saved(text_data, llm_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda grads: torch.tensor(float("inf")))
+    with pytest.raises(UserError, match="not finite at step 2"):
+        run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1))
+    assert not (tmp_path / "out" / "checkpoint-last.pth").exists()
 
 
 def test_five_pictures_and_the_default_batch_size(tmp_path, llm_folder, capsys):

@@ -94,5 +94,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module, state
     if not set(order) <= set(state):
         return False
     groups = optimizer.state_dict()["param_groups"]
+    state = {name: {key: value.clone() for key, value in state[name].items()} for name in order}  # not mapped to the file any more
     optimizer.load_state_dict({"state": {i: state[name] for i, name in enumerate(order)}, "param_groups": groups})
     return True

@@ -61,7 +61,7 @@ def wrap(net: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return net
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
-    return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None, **{buffers: False})  # they are constants
+    return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **{buffers: False})
 
 
 def no_sync(net: nn.Module, when: bool):

@@ -1,5 +1,21 @@
-"""The one error that a user is meant to read."""
+"""The one error that a user is meant to read, and how a process ends with it."""
+
+import os
+import sys
+import time
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """What a user can put right; `main_jit.py` prints it as one line: what was found, what was wanted, which flag to turn."""
+
+
+def leave(message: str, code: int) -> NoReturn:
+    """Print one line and end the process, in a torchrun group at once: waiting for the other ranks could last for ever."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # the same error on rank 0 ends the run before; a line of this rank is for one of its own
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    if "WORLD_SIZE" in os.environ:
+        os._exit(code)
+    sys.exit(code)

@@ -32,7 +32,7 @@ class Board:
         if dist.is_main():
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder), purge_step=step or None)
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         if self.writer:

@@ -5,6 +5,7 @@ An extractor is a function: uint8 (B, 3, H, W) -> (features (B, 2048), logits (B
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def _try_inception(create: Callable, device: torch.device) -> torch.nn.Module | 
     socket.setdefaulttimeout(10)
     try:
         return create("inception-v3-compat", ["2048", "logits_unbiased"], cuda=device.type == "cuda", verbose=False)
-    except OSError:  # URLError and timeouts are OSErrors
+    except Exception as error:  # no network, a cut file, a wrong hash: each its own exception
+        print(f"Inception weights: {type(error).__name__}: {error}", file=sys.stderr)
         return None
     finally:
         socket.setdefaulttimeout(patience)
@@ -105,9 +107,12 @@ def load_statistics(path: Path) -> Statistics:
 
 
 def statistics_count(path: Path) -> int:
-    """Pictures that statistics of ours were made from; 0 for a file that does not say."""
-    with np.load(path, allow_pickle=False) as file:
-        return int(file["n"]) if "n" in file.files else 0
+    """Pictures that statistics were made from; 0 for a file that does not say, -1 where there is none that can be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return int(file["n"]) if "n" in file.files else 0
+    except Exception:  # not there, cut short, not a zip: made anew
+        return -1
 
 
 def save_statistics(path: Path, values: Statistics, count: int) -> None:
