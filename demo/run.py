@@ -73,7 +73,7 @@ def digits(out: Path, llm: str | None, epochs: int, text_norm: str) -> None:
     call("-m", "datasets.demo", "digits", "--out", str(data), "--size", str(size))
     name = language_model(llm, data, out / "llm", steps=300)
     common = ["--model", "JiT-Nano/8-Text", "--img_size", str(size), "--llm_model_name", name, "--text_norm", text_norm, "--device", "cpu"]
-    common += ["--output_dir", str(run), "--cfg", "2.5", "--interval_min", "0.1", "--num_sampling_steps", "20"]
+    common += ["--output_dir", str(run), "--cfg", "2.5", "--num_sampling_steps", "20"]
     training = [*common, "--data_path", str(data), "--batch_size", str(64 // PROCESSES), "--lr", "1e-3", "--warmup_epochs", "0.25"]
     training += ["--num_workers", "1", "--log_freq", "20", "--save_last_freq", "1", "--resume", str(run)]
     step(f"training, epochs 1 to {epochs // 2}")
