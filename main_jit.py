@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def get_parser() -> Parser:
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="JiT-B/16", help="JiT-SIZE/PATCH or JiT-SIZE/PATCH-Text; sizes Nano Ti S B L H G")
@@ -90,10 +90,10 @@ def get_parser() -> Parser:
     )
     group.add_argument("--num_workers", type=int, default=12, help="loader processes per training process, at most one a core")
     group.add_argument("--pin_mem", action="store_true", default=True, help="page-locked memory for faster copies to the GPU")
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=200)
+    group.add_argument("--epochs", type=int, default=200, help="passes over the data, the resumed ones included")
     group.add_argument("--warmup_epochs", type=float, default=5, help="epochs of linear warm-up of the learning rate from 0")
     group.add_argument("--batch_size", type=int, default=128, help="pictures per process and step part; effective batch = batch_size x accum_iter x processes")
     group.add_argument("--accum_iter", type=int, default=1, help="parts whose gradients are added up before each optimizer step")
@@ -110,7 +110,7 @@ def get_parser() -> Parser:
     )
     group.add_argument("--label_drop_prob", type=float, default=0.1, help="share of captions or labels replaced by the null, for guidance")
     group.add_argument("--P_mean", type=float, default=-0.8, help="t = sigmoid(P_mean + P_std x normal)")
-    group.add_argument("--P_std", type=float, default=0.8)
+    group.add_argument("--P_std", type=float, default=0.8, help="see --P_mean")
     group.add_argument("--noise_scale", type=float, default=1.0, help="standard deviation of the noise: img_size / 256 in the paper")
     group.add_argument("--t_eps", type=float, default=0.05, help="1 - t is never taken below this where it divides")
     group.add_argument(
@@ -119,15 +119,15 @@ def get_parser() -> Parser:
         default="auto",
         help="autocast of the network; weights are float32 always; auto: bf16 on a GPU, fp32 on a CPU",
     )
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="what every random number of the run follows from")
     group.add_argument("--start_epoch", type=int, default=None, help="number of the first epoch (default: what the checkpoint says, else 0)")
 
     group = parser.add_argument_group("sampling and evaluation")
-    group.add_argument("--sampling_method", choices=("heun", "euler"), default="heun")
-    group.add_argument("--num_sampling_steps", type=int, default=50)
+    group.add_argument("--sampling_method", choices=("heun", "euler"), default="heun", help="solver; the last step is Euler's either way")
+    group.add_argument("--num_sampling_steps", type=int, default=50, help="steps of the solver from noise to picture")
     group.add_argument("--cfg", type=float, default=1.0, help="scale of classifier-free guidance; 1 is none")
     group.add_argument("--interval_min", type=float, default=0.0, help="guidance acts where interval_min < t < interval_max")
-    group.add_argument("--interval_max", type=float, default=1.0)
+    group.add_argument("--interval_max", type=float, default=1.0, help="see --interval_min")
     group.add_argument("--num_images", type=int, default=50000, help="pictures of an evaluation")
     group.add_argument("--gen_bsz", type=int, default=256, help="pictures drawn at a time per process")
     group.add_argument("--eval_freq", type=int, default=40, help="epochs between evaluations")
@@ -147,7 +147,7 @@ def get_parser() -> Parser:
     group.add_argument("--resume", default=None, help="checkpoint file, or folder with checkpoint-last.pth; may be output_dir itself while that is new")
     group.add_argument("--save_last_freq", type=int, default=5, help="epochs between writings of checkpoint-last.pth")
     group.add_argument("--log_freq", type=int, default=100, help="steps between lines of the log")
-    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU where there is one")
     return parser
 
 

@@ -95,6 +95,7 @@ def test_every_flag_is_read_and_explained():
     for action in get_parser()._actions:
         if action.dest in ("help",):
             continue
+        assert action.help, action.dest
         named = f'"{action.dest}"' in source.split("def check_args")[1]
         assert f"args.{action.dest}" in source or named, action.dest
     assert "P_mean" in get_parser().format_help() and "sampling and evaluation" in get_parser().format_help()
