@@ -294,6 +294,8 @@ def prepare_text(args: argparse.Namespace, captions: list[str], prompts: list[st
         if key in description and key not in ("llm", "revision") and value != description[key]:
             raise UserError(f"the checkpoint's text features were made with {key} {value}, this run's with {description[key]}; see --llm_model_name")
     table = CaptionTable(encoder, [*captions, *prompts])
+    if unknown := sum(dist.gather_objects(encoder.unknown)):
+        say(f"warning: {unknown} captions and prompts hold characters that this LLM's tokenizer does not know; captions may look the same to it")
     if args.text_norm == "standardize":
         table.norm = FeatureNorm(saved["mean"].clone(), saved["std"].clone()) if saved else FeatureNorm.of(table.features[: len(captions)])
         description |= {"mean": table.norm.mean, "std": table.norm.std}

@@ -36,12 +36,14 @@ class TextEncoder:
             llm = llm.get_encoder()
         llm = getattr(llm, "text_model", llm)  # of CLIP and its kind
         self.llm = llm.to(device).eval().requires_grad_(False)
+        self.llm.config.use_cache = False  # keys and values of texts that nobody continues
         self.tokenizer, self.max_len, self.name, self.device = tokenizer, max_len, name, torch.device(device)
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         if tokenizer.pad_token_id is None:  # any token does, since padding is masked
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.cls_token or tokenizer.eos_token
         if tokenizer.pad_token_id is None:
             raise UserError(f"--llm_model_name {name}: the tokenizer has no padding token and no other special token to pad with")
+        self.unknown = 0  # captions read so far with a character that the tokenizer does not know
         self.null = self.encode([""])  # (1, width): the null condition of guidance
         self.width = self.null.shape[1]
 
@@ -71,7 +73,9 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> Tensor:
-        ids, mask = (part.to(self.device) for part in self.tokenize(captions))
+        ids, mask = self.tokenize(captions)
+        self.unknown += int(((ids == self.tokenizer.unk_token_id) & (mask == 1)).any(1).sum()) if self.tokenizer.unk_token_id is not None else 0
+        ids, mask = ids.to(self.device), mask.to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             hidden = self.llm(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         features = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

@@ -111,6 +111,19 @@ def test_what_cannot_be_loaded_is_one_line_with_the_flag(tmp_path, llm_folder):
         assert "\n" not in str(error.value)
 
 
+def test_characters_that_the_tokenizer_does_not_know_are_counted(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "[CLS]": 2, "赤": 3, "三": 4}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]")
+    llm = BertModel(BertConfig(vocab_size=5, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    encoder = TextEncoder(llm, tokenizer, 40)
+    encoder.encode(["赤三", "橙三", "紫", ""])
+    assert encoder.unknown == 2
+
+
 def test_more_tokens_than_the_model_reads_are_refused(llm_folder):
     with pytest.raises(UserError, match=r"--max_text_len 300 .* wanted 256 at most"):
         load_text_encoder(str(llm_folder()), 300, CPU)

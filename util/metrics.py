@@ -26,11 +26,11 @@ def load_inception(device: torch.device) -> Extractor | None:
 
     network = None
     for turn in (True, False):  # one process of a node downloads, the others find the file
-        if turn == (dist.local_rank() == 0):
+        mine = turn == (dist.local_rank() == 0)
+        if mine:
             network = _try_inception(create_feature_extractor, device)
-        dist.barrier()
-    if not all(dist.gather_objects(network is not None)):
-        return None
+        if not all(dist.gather_objects(network is not None or not mine)):
+            return None
 
     @torch.inference_mode()
     def extract(pictures: Tensor) -> tuple[Tensor, Tensor]:
