@@ -95,8 +95,10 @@ def test_resume_finds_a_file_a_folder_or_says_what_is_wrong(tmp_path):
 
 
 class Bomb:
+    went_off = False
+
     def __reduce__(self):
-        return (open, ("/tmp/this-must-not-appear", "w"))
+        return (setattr, (Bomb, "went_off", True))
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
@@ -110,6 +112,9 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     np.savez(tmp_path / "bomb.npz", mu=np.array([Bomb], dtype=object), sigma=np.zeros(1))
     with pytest.raises(ValueError, match="allow_pickle"):
         metrics.load_statistics(tmp_path / "bomb.npz")
+    assert not Bomb.went_off
+    pickle.loads(pickle.dumps(Bomb()))
+    assert Bomb.went_off  # it would have
 
 
 def test_a_published_checkpoint_opens(tmp_path):
