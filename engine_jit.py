@@ -240,12 +240,17 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
 
 
+def save_pictures(folder: Path, numbers: Sequence[int], pictures: Tensor, digits: int) -> None:
+    """(B, 3, H, W) uint8 to one PNG each, named by number."""
+    for i, picture in zip(numbers, pictures):
+        to_image(picture).save(folder / f"{i:0{digits}d}.png")
+
+
 def generate(painter: Painter, conditions: Conditions, prompts: Sequence, folder: Path) -> Path:
     """Draw each prompt into folder/NNNN.png, and all of them on folder/sheet.png.  Collective.  Returns: the sheet's path."""
     folder.mkdir(parents=True, exist_ok=True)
     for numbers, pictures in painter.draw(lambda numbers: conditions([prompts[i] for i in numbers]), len(prompts), "pictures"):
-        for i, picture in zip(numbers, pictures):
-            to_image(picture).save(folder / f"{i:04d}.png")
+        save_pictures(folder, numbers, pictures, digits=4)
     dist.barrier()
     if dist.is_main():
         captions = [str(prompt) for prompt in prompts]
@@ -329,8 +334,7 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
     for numbers, pictures in painter.draw(y_of, num_images, "evaluation"):
         if folder:
-            for i, picture in zip(numbers, pictures):
-                to_image(picture).save(folder / f"{i:06d}.png")
+            save_pictures(folder, numbers, pictures, digits=6)
         if extractor:
             features, scores = extractor(pictures)
             moments.add(features)

@@ -297,8 +297,9 @@ def prepare_text(args: argparse.Namespace, captions: list[str], prompts: list[st
     if unknown := sum(dist.gather_objects(encoder.unknown)):
         say(f"warning: {unknown} captions and prompts hold characters that this LLM's tokenizer does not know; captions may look the same to it")
     if args.text_norm == "standardize":
-        table.norm = FeatureNorm(saved["mean"].clone(), saved["std"].clone()) if saved else FeatureNorm.of(table.features[: len(captions)])
-        description |= {"mean": table.norm.mean, "std": table.norm.std}
+        norm = FeatureNorm(saved["mean"].clone(), saved["std"].clone()) if saved else FeatureNorm.of(table.features[: len(captions)])
+        table.standardize(norm)
+        description |= {"mean": norm.mean, "std": norm.std}
     frozen = sum(p.numel() for p in encoder.llm.parameters())
     return TextPath(table, description, encoder.width, frozen)
 
@@ -377,8 +378,13 @@ def find_inception(device: torch.device) -> metrics.Extractor | None:
     return extractor
 
 
+def effective_batch(args: argparse.Namespace) -> int:
+    """Pictures of one optimizer step, over all processes."""
+    return args.batch_size * args.accum_iter * dist.world_size()
+
+
 def describe_run(args: argparse.Namespace, run: Run, config: engine.TrainConfig) -> None:
-    batch = args.batch_size * args.accum_iter * dist.world_size()
+    batch = effective_batch(args)
     trained = sum(p.numel() for p in run.state.net.parameters() if p.requires_grad)
     say(f"model: {args.model} at {args.img_size} pixels, {trained / 1e6:.2f}M parameters trained, {run.text.frozen / 1e6:.2f}M frozen in the LLM")
     say(f"data: {len(run.dataset)} pictures, {config.steps_per_epoch} steps per epoch, {workers(args)} loader processes")
@@ -444,7 +450,7 @@ def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list)
     parallel = dist.wrap(state.net, device)
     board = Board(run.output_dir, state.step)
     bar = progress(args.epochs * config.steps_per_epoch, "training", initial=first_epoch * config.steps_per_epoch)
-    report = engine.Report(bar, board, args.batch_size * args.accum_iter * dist.world_size())
+    report = engine.Report(bar, board, effective_batch(args))
     for epoch in range(first_epoch, args.epochs):
         last = epoch == args.epochs - 1
         saves_last = last or (epoch + 1) % args.save_last_freq == 0
@@ -485,7 +491,7 @@ def resume_training(args: argparse.Namespace, saved: dict[str, Any], path: Path,
 
 
 def train_config(args: argparse.Namespace, data_size: int, bf16: bool) -> engine.TrainConfig:
-    batch = args.batch_size * args.accum_iter * dist.world_size()
+    batch = effective_batch(args)
     return engine.TrainConfig(
         lr=args.blr * batch / 256 if args.lr is None else args.lr,
         epochs=args.epochs,
@@ -531,7 +537,8 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
     emas = [Ema(net, decay, args.ema_warmup) for decay in (args.ema_decay1, args.ema_decay2)]
     if saved:
         load_weights(saved, path, net, emas)
-    state = engine.TrainState(net, make_optimizer(net, args.weight_decay, device), emas)
+    step = saved.get("step", 0) if saved else 0
+    state = engine.TrainState(net, make_optimizer(net, args.weight_decay, device), emas, step)
     painter = engine.Painter(
         net=engine.in_precision(net, device, uses_bf16(args, device)),
         null=text.conditions.null,
@@ -563,7 +570,6 @@ def start(args: argparse.Namespace) -> None:
         check_resumed(args, saved, path)
     device = dist.init(args.device)
     run = prepare(args, saved, path, prompts, device)
-    run.state.step = saved.get("step", 0) if saved else 0
     if args.generate:
         say(f"drawing {len(prompts)} prompts with {path}, step {run.state.step}, EMA {args.ema_decay1}")
         run.state.net.eval()

@@ -120,24 +120,26 @@ def load_text_encoder(name: str, max_len: int, device: torch.device, revision: s
 
     Raises: UserError, in one line, where there is no such model or its weights do not fill it.
     """
-    from transformers import AutoModel, AutoTokenizer, logging
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise UserError(f"--llm_model_name {name}: no such folder, and not a hub name like llm-jp/llm-jp-3-150m")
     try:
+        longest = getattr(AutoConfig.from_pretrained(name, revision=revision).get_text_config(), "max_position_embeddings", None)
+        if longest is not None and max_len > longest:
+            raise UserError(f"--max_text_len {max_len} is more than {name} can read; wanted {longest} at most")
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         llm, report = AutoModel.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True)
+    except UserError:
+        raise
     except Exception as error:  # no such model, a cut file, a package that is missing: each its own exception
         raise UserError(f"--llm_model_name {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     missing = [key for key in report["missing_keys"] if "pooler" not in key]  # BERT's pooler is not used here
     if missing:
         raise UserError(f"--llm_model_name {name}: {len(missing)} weights are missing from its files, first {missing[0]}")
-    longest = getattr(llm.config, "max_position_embeddings", None)
-    if longest is not None and max_len > longest:
-        raise UserError(f"--max_text_len {max_len} is more than {name} can read; wanted {longest} at most")
     return TextEncoder(llm, tokenizer, max_len, name, device)
 
 
@@ -157,25 +159,20 @@ class FeatureNorm:
         std = features.std(0, correction=0, keepdim=True)
         return cls(features.mean(0, keepdim=True), torch.where(std > 1e-6, std, 1.0))
 
-    def __call__(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.std
-
 
 class CaptionTable:
     """Features of a fixed set of captions in host memory, each distinct caption encoded once.  Collective to build."""
 
-    norm: FeatureNorm | None = None
-
     def __init__(self, encoder: TextEncoder, captions: Iterable[str]):
         distinct = list(dict.fromkeys(captions))
         self.row = {caption: i for i, caption in enumerate(distinct)}
-        self.features = encoder.encode_all(distinct)
-        self.empty = encoder.null
+        self.features = encoder.encode_all(distinct)  # (N, width)
+        self.null = encoder.null.clone()  # (1, width)
 
-    @property
-    def null(self) -> Tensor:  # (1, width)
-        return self.norm(self.empty) if self.norm else self.empty
+    def standardize(self, norm: FeatureNorm) -> None:
+        """Once, here, rather than for every batch."""
+        for features in (self.features, self.null):
+            features.sub_(norm.mean).div_(norm.std)
 
     def __call__(self, captions: Sequence[str]) -> Tensor:  # -> (B, width)
-        features = self.features[[self.row[caption] for caption in captions]]
-        return self.norm(features) if self.norm else features
+        return self.features[[self.row[caption] for caption in captions]]

@@ -1,6 +1,6 @@
 """Captioned pictures for the demos, written as an ordinary images/ + captions/ folder: `python -m datasets.demo digits --out DIR`.
 
-digits: scikit-learn's 1,797 real handwritten digits, each in every colour but one, with Japanese captions in several wordings.
+digits: scikit-learn's 1,797 real handwritten digits, each in every colour, with Japanese captions in several wordings.
 A tenth of the (colour, digit) pairs is held out, so that drawing one of those shows that colour and digit are understood apart.
 emoji: the colour bitmaps of the Noto Color Emoji font with their Japanese names from the package `emoji`.
 """

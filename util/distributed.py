@@ -119,4 +119,7 @@ def barrier() -> None:
 
 def from_main(value):
     """Rank 0's plain object.  Collective."""
-    return gather_objects(value)[0]
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
