@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,17 +38,26 @@ test_prompts = [
     "動物の写真",
 ]
 
-Conditions = Callable[[Sequence], Tensor]  # captions or labels -> y (B, ...) on the CPU; its attribute `null` is y of nothing, (1, ...)
+
+class Conditions(Protocol):
+    """Labels or caption numbers, (B,) int64 -> y, (B, ...)."""
+
+    null: Tensor  # y of nothing, (1, ...)
+    in_loader: bool  # whether the loader's processes call it, or else the step
+
+    def __call__(self, raw: Tensor) -> Tensor: ...
 
 
 class LabelConditions:
     """Class labels are their own y; the null label is the one after the last."""
 
+    in_loader = True
+
     def __init__(self, num_classes: int):
         self.null = torch.tensor([num_classes])
 
-    def __call__(self, labels: Sequence[int] | Tensor) -> Tensor:  # -> (B,) int64
-        return torch.as_tensor(labels)
+    def __call__(self, labels: Tensor) -> Tensor:
+        return labels
 
 
 @dataclass(frozen=True)
@@ -95,18 +105,59 @@ def in_precision(net: nn.Module, device: torch.device, bf16: bool) -> Net:
 
 def drop_conditions(y: Tensor, null: Tensor, numbers: Sequence[int], probability: float, seed: int) -> Tensor:
     """y (B, ...) with the null in place of a share of its rows, chosen by the samples' numbers."""
-    dropped = uniform(seed, "drop", numbers) < probability
+    dropped = to_device(uniform(seed, "drop", numbers) < probability, y.device)
     return torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)
 
 
-def batch_loss(net: Net, batch: tuple, conditions: Conditions, diffusion: DiffusionConfig, config: TrainConfig, device: torch.device) -> Tensor:
+def to_model_range(pictures: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def batch_loss(net: Net, batch: tuple, conditions: Conditions, null: Tensor, diffusion: DiffusionConfig, config: TrainConfig, device: torch.device) -> Tensor:
     """The loss of one batch of the loader; its noise, times and dropped conditions follow from the samples' numbers."""
-    pictures, raw, numbers, _ = batch
-    x = pictures.to(device, non_blocking=True).float() / 127.5 - 1  # pinned by the loader unless --no_pin_mem
-    y = to_device(drop_conditions(conditions(raw), conditions.null, numbers, config.label_drop_prob, config.seed), device)
+    pictures, y, numbers, _ = batch
+    x = to_model_range(pictures.to(device, non_blocking=True))  # pinned by the loader unless --no_pin_mem
+    y = (y if conditions.in_loader else conditions(y)).to(device, non_blocking=True)
+    y = drop_conditions(y, null, numbers, config.label_drop_prob, config.seed)
     t = to_device(sample_time(normal(config.seed, "t", numbers, ()), diffusion), device)
     eps = diffusion.noise_scale * normal(config.seed, "eps", numbers, x.shape[1:], device)
     return denoising_loss(net, x, eps, t, y, diffusion.t_eps)
+
+
+class TextGap:
+    """Is the text listened to?  The v-loss of one fixed batch under its own captions, under each other's, and under the null.
+
+    A network that ignores its captions has the same loss under all three. The times are the quantiles of the training's.
+    Each rank holds its share of the samples, measured `batch_size` at a time.
+    """
+
+    def __init__(self, dataset, pictures: Sequence[int], conditions: Conditions, diffusion: DiffusionConfig, seed: int, batch_size: int, device: torch.device):
+        self.size = max(64, dist.world_size())
+        found = [dataset.readable(pictures[i % len(pictures)])[:2] for i in range(self.size)]
+        lines = torch.tensor([dataset.condition(index, i) for i, (_, index) in enumerate(found)])
+        shift = min(range(1, self.size), key=lambda k: int((lines == lines.roll(k)).sum()))  # as few as can be keep their caption
+        mine = slice(dist.rank(), None, dist.world_size())
+        x = to_model_range(torch.stack([picture for picture, _ in found[mine]]))
+        eps = diffusion.noise_scale * normal(seed, "gap", range(self.size)[mine], x.shape[1:])
+        t = sample_time(torch.special.ndtri((torch.arange(self.size) + 0.5) / self.size), diffusion)[mine]
+        y = [conditions(lines[mine]), conditions(lines.roll(shift)[mine]), conditions.null.expand(len(x), *conditions.null.shape[1:])]
+        self.x, self.eps, self.t, *self.y = (tensor.to(device) for tensor in (x, eps, t, *y))
+        self.t_eps, self.batch_size = diffusion.t_eps, batch_size
+
+    @torch.no_grad()
+    def measure(self, net: nn.Module, bf16: bool) -> dict[str, Tensor]:
+        """Loss under the own captions, and what it grows by under the others' and under the null.  Collective."""
+        net.eval()
+        call = in_precision(net, self.x.device, bf16)
+        sums = torch.stack([self._sum(call, y) for y in self.y])
+        net.train()
+        own, shuffled, null = dist.sum_over_ranks(sums) / self.size
+        return {"text_gap/loss": own, "text_gap/shuffled": shuffled - own, "text_gap/null": null - own}
+
+    def _sum(self, call: Net, y: Tensor) -> Tensor:
+        parts = zip(*(tensor.split(self.batch_size) for tensor in (self.x, self.eps, self.t, y)))
+        return torch.stack([len(x) * denoising_loss(call, x, eps, t, y, self.t_eps) for x, eps, t, y in parts]).sum()
 
 
 class Report:
@@ -131,19 +182,23 @@ class Report:
         self.losses.append(loss)
         self.bar.update()
 
-    def line(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        """Read and log the mean since the last line.  Collective.  Raises: UserError if a loss was not finite."""
+    def line(self, step: int, lr: float, values: Mapping[str, Tensor]) -> None:
+        """Read and log the mean loss since the last line, and this step's `values`, `grad_norm` among them.  Collective.
+
+        Raises: UserError if a loss was not finite.
+        """
         mean = dist.mean_over_ranks(torch.stack(self.losses).mean())
         first_bad = dist.min_over_ranks(self.first_bad)
-        loss, bad_step, norm = torch.stack([mean, first_bad, grad_norm.float()]).tolist()
-        if bad_step == math.inf and not math.isfinite(norm):
+        loss, bad_step, *read = torch.stack([mean, first_bad, *(value.float() for value in values.values())]).tolist()
+        scalars = dict(zip(values, read))
+        if bad_step == math.inf and not math.isfinite(scalars["grad_norm"]):
             bad_step = step  # a finite loss whose gradient is not
         if bad_step < math.inf:
             raise UserError(
                 f"the loss is not finite at step {bad_step:.0f} (lr {lr:.2e}); the last checkpoint is untouched. Try a smaller --lr or --grad_clip 1"
             )
         speed = len(self.losses) * self.images_per_step / (time.perf_counter() - self.since)
-        self.board.scalars({"train_loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": speed}, step)
+        self.board.scalars({"train_loss": loss, "lr": lr, "images_per_second": speed, **scalars}, step)
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
         self._start()
 
@@ -157,6 +212,10 @@ def note_broken(state: TrainState, broken: Sequence[str], size: int, policy: str
         raise UserError(f"{len(state.broken)} of {size} pictures cannot be read, over 1 %; the first is {min(state.broken)}")
 
 
+def grad_norm_of(module: nn.Module) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+
 def train_one_epoch(
     state: TrainState,
     parallel: nn.Module,
@@ -167,16 +226,19 @@ def train_one_epoch(
     epoch: int,
     report: Report,
     read_last: bool,
+    gap: TextGap | None,
     device: torch.device,
 ) -> None:
     """The steps of one epoch.  Collective.
 
     `parallel` is `state.net` as DDP runs it; with `read_last` the last step's loss is read, and so known to be finite.
+    `gap` is measured wherever a line of the log is due.
     """
     state.net.train()
     report.resume_clock()
-    parameters = [p for p in state.net.parameters() if p.requires_grad]
+    parameters = list(state.net.parameters())
     net = in_precision(parallel, device, config.bf16)
+    null = conditions.null.to(device)
     batches = iter(loader)
     for i in range(config.steps_per_epoch):
         lr = lr_at(epoch + i / config.steps_per_epoch, config.lr, config.warmup_epochs, config.epochs, config.lr_schedule, config.min_lr)
@@ -188,14 +250,15 @@ def train_one_epoch(
             batch = next(batches)
             note_broken(state, batch[3], len(loader.dataset), config.bad_images)
             with dist.no_sync(parallel, part < config.accum_iter - 1):
-                loss = batch_loss(net, batch, conditions, diffusion, config, device)
+                loss = batch_loss(net, batch, conditions, null, diffusion, config, device)
                 (loss / config.accum_iter).backward()
             losses.append(loss.detach())
         due = (state.step + 1) % config.log_freq == 0 or (read_last and i == config.steps_per_epoch - 1)
+        values = {"text_gap/grad_norm": grad_norm_of(state.net.y_embedder)} if due and gap else {}  # before any clipping
         if config.grad_clip:
-            grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            values["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
         elif due:
-            grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            values["grad_norm"] = grad_norm_of(state.net)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         for ema in state.emas:
@@ -203,7 +266,7 @@ def train_one_epoch(
         state.step += 1
         report.add(torch.stack(losses).mean(), state.step)
         if due:
-            report.line(state.step, lr, grad_norm)
+            report.line(state.step, lr, values | (gap.measure(state.net, config.bf16) if gap else {}))
 
 
 @dataclass(frozen=True)
@@ -246,10 +309,13 @@ def save_pictures(folder: Path, numbers: Sequence[int], pictures: Tensor, digits
         to_image(picture).save(folder / f"{i:0{digits}d}.png")
 
 
-def generate(painter: Painter, conditions: Conditions, prompts: Sequence, folder: Path) -> Path:
-    """Draw each prompt into folder/NNNN.png, and all of them on folder/sheet.png.  Collective.  Returns: the sheet's path."""
+def generate(painter: Painter, y: Tensor, prompts: Sequence, folder: Path) -> Path:
+    """Draw each prompt into folder/NNNN.png, and all of them on folder/sheet.png.  Collective.
+
+    Args: y: (prompts, ...), their conditions.  Returns: the sheet's path.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for numbers, pictures in painter.draw(lambda numbers: conditions([prompts[i] for i in numbers]), len(prompts), "pictures"):
+    for numbers, pictures in painter.draw(lambda numbers: y[numbers], len(prompts), "pictures"):
         save_pictures(folder, numbers, pictures, digits=4)
     dist.barrier()
     if dist.is_main():
@@ -260,9 +326,9 @@ def generate(painter: Painter, conditions: Conditions, prompts: Sequence, folder
     return folder / "sheet.png"
 
 
-def prompt_grid(painter: Painter, conditions: Conditions, prompts: Sequence) -> np.ndarray:
-    """The prompts' pictures as one captioned sheet, (H, W, 3) uint8.  Collective."""
-    drawn = list(painter.draw(lambda numbers: conditions([prompts[i] for i in numbers]), len(prompts), "test prompts"))
+def prompt_grid(painter: Painter, y: Tensor, prompts: Sequence) -> np.ndarray:
+    """The prompts' pictures as one captioned sheet, (H, W, 3) uint8.  Collective.  y: (prompts, ...)."""
+    drawn = list(painter.draw(lambda numbers: y[numbers], len(prompts), "test prompts"))
     empty = torch.empty(0, 3, painter.img_size, painter.img_size, dtype=torch.uint8)
     numbers = dist.gather_rows(torch.tensor([i for part, _ in drawn for i in part], dtype=torch.long))
     pictures = dist.gather_rows(torch.cat([empty, *(part for _, part in drawn)]))[numbers.argsort()]

@@ -7,32 +7,37 @@ import argparse
 import difflib
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import engine_jit as engine
+import text_features
 from datasets.imagenet import ClassFolder
-from datasets.stream import PictureDataset, StreamSampler, collate
+from datasets.stream import Collate, PictureDataset, StreamSampler, hold_out
 from datasets.text_image import TextImageFolder
 from denoiser import DiffusionConfig, SamplerConfig
 from models_jit import JiT, build_model, parse_model_name
-from text_encoder import CaptionTable, FeatureNorm, load_text_encoder
+from text_encoder import DTYPES, LAYERS, TextConfig
+from text_features import Conditioning
 from util import checkpoint, metrics
 from util import distributed as dist
 from util.ema import Ema
-from util.errors import UserError, leave
+from util.errors import UserError, leave, writable_folder
 from util.logging import Board, progress, say
 from util.randomness import derive
 
 LOW_LR = 2e-5  # below this a run of the recipe's length hardly learns: PixelGen and JiT train at 2e-4
+
+
+TEXT_FLAGS = ("llm_model_name", "max_text_len", "llm_layer", "llm_dtype", "text_norm", "text_cache", "text_cache_dir", "held_out", "missing_captions")
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,10 +72,37 @@ def get_parser() -> Parser:
     group.add_argument("--freeze_llm", action=argparse.BooleanOptionalAction, default=True, help="the LLM is always frozen; --no-freeze_llm is refused")
     group.add_argument("--max_text_len", type=int, default=77, help="tokens of a caption that are read; the rest is cut off")
     group.add_argument(
+        "--llm_layer",
+        choices=LAYERS,
+        default="last",
+        help="states that become features: the last or next to last layer's, the middle one's, or the mean over all of RMS-normalised states",
+    )
+    group.add_argument(
+        "--llm_dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="type the LLM runs in; auto: that of the checkpoint, else of the text store, else bf16 on a GPU and fp32 on a CPU",
+    )
+    group.add_argument(
         "--text_norm",
         choices=("none", "standardize"),
         default="none",
-        help="standardize: text features to mean 0, variance 1 per dimension over the training captions; use it where captions resemble each other",
+        help="standardize: text features to mean 0, variance 1 per dimension over the training captions",
+    )
+    group.add_argument(
+        "--text_cache",
+        choices=("disk", "memory", "off"),
+        default="disk",
+        help="features of each distinct caption once, in a store on disk or in memory; off: the LLM runs in every step, for captions too varied to store",
+    )
+    group.add_argument(
+        "--text_cache_dir", default=None, help="folder of the store (default: text_cache in data_path, or in output_dir where that is read-only)"
+    )
+    group.add_argument(
+        "--held_out",
+        type=int,
+        default=64,
+        help="pictures kept out of training to measure text_gap on, a hundredth of all at most; where none are, it is measured on training pictures",
     )
 
     group = parser.add_argument_group("data")
@@ -170,8 +202,9 @@ def check_args(args: argparse.Namespace) -> None:
     require(args.is_text or not args.use_text_conditioning, f"--use_text_conditioning needs a text model; try --model {args.model}-Text")
     require(args.freeze_llm, "--no-freeze_llm: the LLM is always frozen, since its features are computed once for the whole run; leave the flag out")
     defaults = get_parser().parse_args([])
-    for flag in ("class_num",) if args.is_text else ("llm_model_name", "max_text_len", "text_norm", "missing_captions"):
+    for flag in ("class_num",) if args.is_text else TEXT_FLAGS:
         require(getattr(args, flag) == getattr(defaults, flag), f"--{flag} has no effect on the {'text' if args.is_text else 'class'} model {args.model}")
+    require(args.text_cache == "disk" or args.text_cache_dir is None, f"--text_cache_dir has no effect with --text_cache {args.text_cache}")
     require(args.lr is None or args.blr == defaults.blr, "--lr and --blr: give one of them")
     require(args.min_lr == 0 or args.lr_schedule == "cosine", "--min_lr is where --lr_schedule cosine ends; add that, or leave it out")
 
@@ -192,7 +225,7 @@ def check_args(args: argparse.Namespace) -> None:
         "log_freq",
     ):
         require(getattr(args, flag) >= 1, f"--{flag} {getattr(args, flag)} must be at least 1")
-    for flag in ("num_workers", "seed", "warmup_epochs", "min_lr", "weight_decay", "cfg"):
+    for flag in ("num_workers", "seed", "held_out", "warmup_epochs", "min_lr", "weight_decay", "cfg"):
         require(getattr(args, flag) >= 0, f"--{flag} {getattr(args, flag)} must not be negative")
     for flag in ("blr", "P_std", "noise_scale", "lr", "grad_clip"):
         require(getattr(args, flag) is None or getattr(args, flag) > 0, f"--{flag} {getattr(args, flag)} must be positive")
@@ -247,64 +280,54 @@ def make_dataset(args: argparse.Namespace) -> PictureDataset:
     return dataset
 
 
-def make_output_dir(name: str) -> Path:
-    """Raises: UserError where nothing can be written."""
-    path = Path(name)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"--output_dir {name} cannot be written to: {error.strerror}") from error
-    return path
-
-
 def check_resumed(args: argparse.Namespace, state: dict[str, Any], path: Path) -> None:
     """Raises: UserError where the checkpoint is of another network or another noise than the flags say."""
     saved = state["args"]
     if args.is_text and "text" not in state:
         raise UserError(f"--model {args.model} is a text model, but {path} does not say how its text features were made; is it of a class model?")
     if args.is_text:
-        saved = saved | {"llm_model_name": state["text"]["llm"], **{flag: state["text"][flag] for flag in ("max_text_len", "text_norm")}}
-    for flag in ("model", "img_size", "noise_scale") + (("llm_model_name", "max_text_len", "text_norm") if args.is_text else ("class_num",)):
+        text = state["text"]
+        saved = saved | {"llm_model_name": text["llm"], "llm_layer": text["layer"], "max_text_len": text["max_text_len"], "text_norm": text["text_norm"]}
+    for flag in ("model", "img_size", "noise_scale") + (("llm_model_name", "max_text_len", "llm_layer", "text_norm") if args.is_text else ("class_num",)):
         moved = flag == "llm_model_name" and (os.path.isdir(args.llm_model_name) or os.path.isdir(saved[flag]))  # a folder may have another name now
         if flag in saved and saved[flag] != getattr(args, flag) and not moved:
             raise UserError(f"--{flag} is {getattr(args, flag)}, but {path} was trained with {saved[flag]}; give --{flag} {saved[flag]}")
 
 
-@dataclass
-class TextPath:
-    """What remains of the text encoder once the captions are encoded: features, and how they were made."""
-
-    conditions: Callable
-    description: dict[str, Any] | None = None  # goes into the checkpoint
-    width: int | None = None
-    frozen: int = 0  # parameters of the LLM
+def text_config(args: argparse.Namespace) -> TextConfig:
+    return TextConfig(args.llm_model_name, args.max_text_len, args.llm_layer, dtype=args.llm_dtype)
 
 
-def prepare_text(args: argparse.Namespace, captions: list[str], prompts: list[str], saved: dict[str, Any] | None, device: torch.device) -> TextPath:
-    """Encode every caption and prompt of the run once; the LLM is freed on return.  Collective.
-
-    Raises: UserError where `saved`, the description in a checkpoint, tells of other features.
-    """
-    say(f"text: {len(captions)} captions and {len(prompts)} prompts through {args.llm_model_name}")
-    revision = saved["revision"] or None if saved and saved["llm"] == args.llm_model_name else None
-    encoder = load_text_encoder(args.llm_model_name, args.max_text_len, device, revision)
-    description = {**encoder.describe(), "text_norm": args.text_norm}
-    for key, value in (saved or {}).items():
-        if key in description and key not in ("llm", "revision") and value != description[key]:
-            raise UserError(f"the checkpoint's text features were made with {key} {value}, this run's with {description[key]}; see --llm_model_name")
-    table = CaptionTable(encoder, [*captions, *prompts])
-    if unknown := sum(dist.gather_objects(encoder.unknown)):
-        say(f"warning: {unknown} captions and prompts hold characters that this LLM's tokenizer does not know; captions may look the same to it")
-    if args.text_norm == "standardize":
-        norm = FeatureNorm(saved["mean"].clone(), saved["std"].clone()) if saved else FeatureNorm.of(table.features[: len(captions)])
-        table.standardize(norm)
-        description |= {"mean": norm.mean, "std": norm.std}
-    frozen = sum(p.numel() for p in encoder.llm.parameters())
-    return TextPath(table, description, encoder.width, frozen)
+def store_folder(args: argparse.Namespace) -> Path:
+    """Beside the data; in output_dir where nothing can be written there and no store is there yet."""
+    beside = Path(args.data_path) / "text_cache"
+    usable = beside.is_dir() or os.access(args.data_path, os.W_OK)
+    return Path(args.text_cache_dir or (beside if usable else Path(args.output_dir) / "text_cache"))
 
 
-def build_network(args: argparse.Namespace, text: TextPath, device: torch.device) -> JiT:
+def evaluation_condition(args: argparse.Namespace, dataset: PictureDataset, i: int) -> int:
+    """Picture i of an evaluation: its caption's number, spread over the data set, or a label, as many of each."""
+    if not args.is_text:
+        return i % len(dataset.classes)
+    size, count = len(dataset), args.num_images
+    return dataset.condition(i * size // count if count < size else i % size, i)
+
+
+def prepare_text(args: argparse.Namespace, dataset: TextImageFolder | None, prompts: list[str], saved: dict[str, Any], device: torch.device) -> Conditioning:
+    """Features of the captions that the run will ask for, and of the prompts.  Collective."""
+    captions, cache = dataset.captions if dataset else (), args.text_cache if dataset else "memory"
+    lines = np.arange(len(captions))
+    if args.evaluate_gen:
+        lines = np.unique([evaluation_condition(args, dataset, i) for i in range(args.num_images)])
+    conditioning = text_features.prepare(text_config(args), cache, store_folder(args), captions, lines, prompts, args.text_norm, saved, device)
+    if dataset and conditioning.conditions.in_loader:
+        dataset.captions = ()  # their rows' numbers are all that is needed of them
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the LLM took
+    return conditioning
+
+
+def build_network(args: argparse.Namespace, text_dim: int | None, device: torch.device) -> JiT:
     torch.manual_seed(derive(args.seed, "initial weights", 0))
     net = build_model(
         args.model,
@@ -312,7 +335,7 @@ def build_network(args: argparse.Namespace, text: TextPath, device: torch.device
         attn_drop=args.attn_dropout,
         proj_drop=args.proj_dropout,
         num_classes=args.class_num,
-        text_dim=text.width,
+        text_dim=text_dim,
     )
     return net.to(device)
 
@@ -332,7 +355,7 @@ class Run:
     args: argparse.Namespace
     device: torch.device
     dataset: PictureDataset | None
-    text: TextPath
+    conditioning: Conditioning
     state: engine.TrainState
     painter: engine.Painter
     extractor: metrics.Extractor | None
@@ -340,12 +363,10 @@ class Run:
     known_broken: int = 0
 
     def y_of(self, numbers: Sequence[int]) -> Tensor:
-        """Conditions of an evaluation's pictures: captions spread over the data set, or balanced labels."""
-        if not self.args.is_text:
-            classes = len(self.dataset.classes) if self.dataset else self.args.class_num
-            return self.text.conditions([i % classes for i in numbers])
-        size, count = len(self.dataset), self.args.num_images
-        return self.text.conditions([self.dataset.condition(i * size // count if count < size else i % size, i) for i in numbers])
+        """Conditions of an evaluation's pictures."""
+        if self.dataset is None:
+            return torch.tensor([i % self.args.class_num for i in numbers])
+        return self.conditioning.conditions(torch.tensor([evaluation_condition(self.args, self.dataset, i) for i in numbers]))
 
     def evaluate(self, folder: Path | None) -> dict[str, float]:
         """With the first EMA's weights.  Collective."""
@@ -383,11 +404,13 @@ def effective_batch(args: argparse.Namespace) -> int:
     return args.batch_size * args.accum_iter * dist.world_size()
 
 
-def describe_run(args: argparse.Namespace, run: Run, config: engine.TrainConfig) -> None:
+def describe_run(args: argparse.Namespace, run: Run, config: engine.TrainConfig, pictures: int, held_out: int) -> None:
     batch = effective_batch(args)
     trained = sum(p.numel() for p in run.state.net.parameters() if p.requires_grad)
-    say(f"model: {args.model} at {args.img_size} pixels, {trained / 1e6:.2f}M parameters trained, {run.text.frozen / 1e6:.2f}M frozen in the LLM")
-    say(f"data: {len(run.dataset)} pictures, {config.steps_per_epoch} steps per epoch, {workers(args)} loader processes")
+    say(f"model: {args.model} at {args.img_size} pixels, {trained / 1e6:.2f}M parameters trained, {run.conditioning.frozen / 1e6:.2f}M frozen in the LLM")
+    say(
+        f"data: {pictures} pictures{f' and {held_out} held out' if held_out else ''}, {config.steps_per_epoch} steps per epoch, {workers(args)} loader processes"
+    )
     say(
         f"batch: {batch} = {args.batch_size} x {args.accum_iter} accumulated x {dist.world_size()} processes; lr {config.lr:.3e}; {'bf16' if config.bf16 else 'fp32'} on {run.device}"
     )
@@ -400,8 +423,8 @@ def describe_run(args: argparse.Namespace, run: Run, config: engine.TrainConfig)
         say("warning: with --label_drop_prob 0 the network never learns the null that --cfg needs")
     if args.warmup_epochs >= args.epochs:
         say(f"warning: --warmup_epochs {args.warmup_epochs:g} is not shorter than --epochs {args.epochs}; the learning rate never reaches its peak")
-    if batch > len(run.dataset):
-        say(f"warning: a step takes {batch} pictures and there are {len(run.dataset)}; each is shown several times a step")
+    if batch > pictures:
+        say(f"warning: a step takes {batch} pictures and there are {pictures}; each is shown several times a step")
 
 
 def save_checkpoint(run: Run, path: Path, epoch: int) -> None:
@@ -416,8 +439,8 @@ def save_checkpoint(run: Run, path: Path, epoch: int) -> None:
             "step": state.step,
             "args": dict(vars(run.args)),
         }
-        if run.text.description:
-            content["text"] = run.text.description
+        if run.conditioning.description:
+            content["text"] = run.conditioning.description
         checkpoint.save(path, content)
     dist.barrier()
 
@@ -435,15 +458,16 @@ def write_broken(run: Run) -> None:
     engine.note_broken(run.state, broken, len(run.dataset), "skip")
 
 
-def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list) -> None:
-    args, state, device = run.args, run.state, run.device
-    sampler = StreamSampler(len(run.dataset), args.batch_size, config.steps_per_epoch * args.accum_iter, dist.rank(), dist.world_size(), args.seed)
+def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list, pictures: Tensor, held_out: Tensor) -> None:
+    """`pictures` are trained on; the text's effect is measured on those held out, if any."""
+    args, state, device, conditions, diffusion = run.args, run.state, run.device, run.conditioning.conditions, run.painter.diffusion
+    sampler = StreamSampler(pictures, args.batch_size, config.steps_per_epoch * args.accum_iter, dist.rank(), dist.world_size(), args.seed)
     loader = DataLoader(
         run.dataset,
         args.batch_size,
         sampler=sampler,
         num_workers=workers(args),
-        collate_fn=collate,
+        collate_fn=Collate(conditions if conditions.in_loader else None),
         pin_memory=args.pin_mem and device.type == "cuda",
         persistent_workers=workers(args) > 0,
     )
@@ -451,6 +475,8 @@ def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list)
     board = Board(run.output_dir, state.step)
     bar = progress(args.epochs * config.steps_per_epoch, "training", initial=first_epoch * config.steps_per_epoch)
     report = engine.Report(bar, board, effective_batch(args))
+    shown = (held_out if len(held_out) else pictures).tolist()[:64]
+    gap = engine.TextGap(run.dataset, shown, conditions, diffusion, args.seed, args.batch_size, device) if args.is_text else None
     for epoch in range(first_epoch, args.epochs):
         last = epoch == args.epochs - 1
         saves_last = last or (epoch + 1) % args.save_last_freq == 0
@@ -458,7 +484,7 @@ def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list)
         evaluates = args.online_eval and (last or (epoch + 1) % args.eval_freq == 0)
         pauses = saves_last or saves_numbered or evaluates
         sampler.epoch = epoch
-        engine.train_one_epoch(state, parallel, loader, run.text.conditions, run.painter.diffusion, config, epoch, report, pauses, device)
+        engine.train_one_epoch(state, parallel, loader, conditions, diffusion, config, epoch, report, pauses, gap, device)
         if pauses:
             write_broken(run)
         if saves_last:
@@ -469,7 +495,7 @@ def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list)
             figures = run.evaluate(None if run.extractor else run.output_dir / "eval" / f"epoch-{epoch}")
             board.scalars(figures, state.step)
             with state.emas[0].applied(state.net):
-                board.image("test_prompts", engine.prompt_grid(run.painter, run.text.conditions, prompts), state.step)
+                board.image("test_prompts", engine.prompt_grid(run.painter, run.conditioning.prompts, prompts), state.step)
     bar.close()
     board.close()
 
@@ -513,7 +539,7 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
     """Data, features, network and weights, the cheap and the fallible first.  Collective."""
     drawing = args.generate or args.evaluate_gen
     needs_data = not args.generate and (args.is_text or not drawing or os.path.isdir(args.data_path))
-    output_dir = make_output_dir(args.output_dir)
+    output_dir = writable_folder(args.output_dir, "--output_dir")
     dataset = make_dataset(args) if needs_data else None
     if args.evaluate_gen and not dataset:
         say(f"FID and IS are left out: no data to compare with at --data_path {args.data_path}")
@@ -527,13 +553,10 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
         )
 
     if args.is_text:
-        captions = dataset.distinct_captions() if dataset else []
-        text = prepare_text(args, captions, prompts, saved["text"] if saved else None, device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what the LLM took
+        conditioning = prepare_text(args, dataset, prompts, saved["text"] if saved else {}, device)
     else:
-        text = TextPath(engine.LabelConditions(args.class_num))
-    net = build_network(args, text, device)
+        conditioning = Conditioning(engine.LabelConditions(args.class_num), torch.tensor(prompts))
+    net = build_network(args, conditioning.width, device)
     emas = [Ema(net, decay, args.ema_warmup) for decay in (args.ema_decay1, args.ema_decay2)]
     if saved:
         load_weights(saved, path, net, emas)
@@ -541,7 +564,7 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
     state = engine.TrainState(net, make_optimizer(net, args.weight_decay, device), emas, step)
     painter = engine.Painter(
         net=engine.in_precision(net, device, uses_bf16(args, device)),
-        null=text.conditions.null,
+        null=conditioning.conditions.null,
         img_size=args.img_size,
         diffusion=DiffusionConfig(args.P_mean, args.P_std, args.noise_scale, args.t_eps),
         sampler=SamplerConfig(args.sampling_method, args.num_sampling_steps, args.cfg, (args.interval_min, args.interval_max)),
@@ -549,7 +572,7 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
         device=device,
         seed=args.seed,
     )
-    return Run(args, device, dataset, text, state, painter, extractor, output_dir)
+    return Run(args, device, dataset, conditioning, state, painter, extractor, output_dir)
 
 
 def uses_bf16(args: argparse.Namespace, device: torch.device) -> bool:
@@ -574,29 +597,34 @@ def start(args: argparse.Namespace) -> None:
         say(f"drawing {len(prompts)} prompts with {path}, step {run.state.step}, EMA {args.ema_decay1}")
         run.state.net.eval()
         with run.state.emas[0].applied(run.state.net):
-            sheet = engine.generate(run.painter, run.text.conditions, prompts, run.output_dir / "samples")
+            sheet = engine.generate(run.painter, run.conditioning.prompts, prompts, run.output_dir / "samples")
         say(f"pictures in {sheet.parent}, all of them on {sheet}")
     elif args.evaluate_gen:
         say(f"evaluating {path}, step {run.state.step}")
         run.evaluate(run.output_dir / "eval")
         say(f"pictures in {run.output_dir / 'eval'}")
     else:
-        config = train_config(args, len(run.dataset), uses_bf16(args, device))
+        pictures, held_out = hold_out(len(run.dataset), args.held_out if args.is_text else 0, args.seed)
+        config = train_config(args, len(pictures), uses_bf16(args, device))
         first_epoch = resume_training(args, saved, path, run.state, config) if saved else args.start_epoch or 0
         saved = None  # tens of gigabytes, for the large models
-        describe_run(args, run, config)
+        describe_run(args, run, config, len(pictures), len(held_out))
         if first_epoch >= args.epochs:
             say(f"nothing to train: {first_epoch} of --epochs {args.epochs} epochs are done")
-        train(run, config, first_epoch, prompts)
+        train(run, config, first_epoch, prompts, pictures, held_out)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+def or_leave(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """A program's body; what a user can put right ends it in one line."""
     try:
-        start(args)
+        action(args)
     except UserError as error:
         leave(f"error: {error}", 1)
     dist.shutdown()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    or_leave(start, get_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Captions to features of a frozen language model: caption -> tokens -> last hidden state -> masked mean.
+"""Captions to features of a frozen language model: caption -> tokens -> hidden states of one depth -> their mean, or the states themselves.
 
 The encoder is a plain object outside every module, so no `apply`, `train()`, DDP, optimizer, EMA or checkpoint reaches the LLM.
 Right padding with real attention masks keeps a causal LM's states of the real tokens free of the padding, whatever its length.
@@ -7,17 +7,22 @@ Right padding with real attention masks keeps a causal LM's states of the real t
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from util import distributed as dist
 from util.errors import UserError
 
 PROBE = "猫が窓辺で眠っている写真。A cat, 2匹の犬と富士山。"  # its token ids are the tokenizer's fingerprint
+LAYERS = ("last", "-2", "middle", "mean")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def normalize(caption: str) -> str:
@@ -25,154 +30,217 @@ def normalize(caption: str) -> str:
     return unicodedata.normalize("NFKC", caption)
 
 
-class TextEncoder:
-    """A frozen LLM and its tokenizer.
+def rms_normalized(states: Tensor) -> Tensor:
+    """Each token's state at length sqrt(width), so that no token (the first one's is often a hundred times longer) outweighs the others."""
+    return F.rms_norm(states, states.shape[-1:], eps=1e-12)
 
-    encode(captions) -> (B, width) float32 on the CPU: the mean of the last hidden state over the tokens, BOS included.
+
+def states_of_layer(hidden: Sequence[Tensor], last: Tensor, layer: str) -> Tensor:
+    """One state a token, float32, from those of all layers.
+
+    "last" has passed the model's own final norm and stays as it is. The others are normalised token by token: "-2" and "middle"
+    are the next to last and the middle block's states, "mean" is the average over all blocks (arXiv:2506.08210: the last layer
+    of a causal LLM is the weakest choice for pictures, the average of normalised layers the strongest).
+    Args: hidden: embeddings and each block's output, (B, L, width); last: (B, L, width).  Returns: (B, L, width).
     """
+    if layer == "last":
+        return last.float()
+    blocks = [*hidden[1:-1], last]
+    if layer == "mean":
+        return sum(rms_normalized(states.float()) for states in blocks) / len(blocks)
+    return rms_normalized((hidden[-2] if layer == "-2" else blocks[max(len(blocks) // 2 - 1, 0)]).float())
 
-    def __init__(self, llm: torch.nn.Module, tokenizer, max_len: int, name: str = "", device: torch.device | str = "cpu"):
+
+@dataclass(frozen=True)
+class TextConfig:
+    """What decides a caption's features, besides the model's files."""
+
+    llm: str  # a hub name or a folder
+    max_text_len: int = 77
+    layer: str = "last"
+    pooling: str = "mean"  # or "tokens": every token's state
+    dtype: str = "fp32"  # of the LLM's weights and activations; or "bf16"
+    revision: str | None = None  # of a hub name
+
+
+class TextEncoder:
+    """A frozen LLM and its tokenizer.  encode(captions) -> (B, width) float32 on its device: the mean over the tokens, BOS included."""
+
+    def __init__(self, llm: torch.nn.Module, tokenizer, config: TextConfig, device: torch.device | str = "cpu"):
         if getattr(llm.config, "is_encoder_decoder", False):
             llm = llm.get_encoder()
         llm = getattr(llm, "text_model", llm)  # of CLIP and its kind
         self.llm = llm.to(device).eval().requires_grad_(False)
         self.llm.config.use_cache = False  # keys and values of texts that nobody continues
-        self.tokenizer, self.max_len, self.name, self.device = tokenizer, max_len, name, torch.device(device)
+        self.tokenizer, self.config, self.device = tokenizer, config, torch.device(device)
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         if tokenizer.pad_token_id is None:  # any token does, since padding is masked
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.cls_token or tokenizer.eos_token
         if tokenizer.pad_token_id is None:
-            raise UserError(f"--llm_model_name {name}: the tokenizer has no padding token and no other special token to pad with")
-        self.unknown = 0  # captions read so far with a character that the tokenizer does not know
-        self.null = self.encode([""])  # (1, width): the null condition of guidance
+            raise UserError(f"--llm_model_name {config.llm}: the tokenizer has no padding token and no other special token to pad with")
+        self.null = self.encode([""]).cpu()  # (1, width): the null condition of guidance
         self.width = self.null.shape[1]
+        self.parameters = sum(p.numel() for p in self.llm.parameters())
 
-    def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, each (B, L) with L <= max_len; every row has at least one valid token."""
-        batch = self.tokenizer(
-            [normalize(caption) for caption in captions],
-            padding="longest",
-            truncation=True,
-            max_length=self.max_len,
-            return_tensors="pt",
-            return_token_type_ids=False,
-        )
-        ids, mask = batch["input_ids"].long(), batch["attention_mask"].long()
-        if ids.shape[1] == 0:  # nothing but empty captions, and a tokenizer that adds no BOS
-            ids, mask = ids.new_zeros(len(captions), 1), mask.new_zeros(len(captions), 1)
-        empty = mask.sum(1) == 0
-        if empty.any():
-            ids[empty, 0], mask[empty, 0] = self._start_token(), 1
+    def token_ids(self, captions: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """Ids of each caption, special tokens included, cut at `max_length` (model_max_length of llm-jp is 1e30, no bound at all)."""
+        if not captions:
+            return []
+        texts = [normalize(caption) for caption in captions]
+        cut = {"truncation": True, "max_length": max_length} if max_length else {}
+        return self.tokenizer(texts, return_token_type_ids=False, return_attention_mask=False, **cut)["input_ids"]
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, each (B, L) with L <= max_text_len; every row has at least one valid token."""
+        rows = [ids or [self._start_token()] for ids in self.token_ids(captions, self.config.max_text_len)]
+        ids = torch.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
         return ids, mask
 
     def _start_token(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
-        raise UserError(f"--llm_model_name {self.name}: the tokenizer has no BOS, CLS or EOS token, so the empty caption has no features")
+        raise UserError(f"--llm_model_name {self.config.llm}: the tokenizer has no BOS, CLS or EOS token, so the empty caption has no features")
 
     @torch.inference_mode()
-    def encode(self, captions: list[str]) -> Tensor:
-        ids, mask = self.tokenize(captions)
-        self.unknown += int(((ids == self.tokenizer.unk_token_id) & (mask == 1)).any(1).sum()) if self.tokenizer.unk_token_id is not None else 0
-        ids, mask = ids.to(self.device), mask.to(self.device)
+    def states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L) -> (B, L, width) float32 on the encoder's device."""
+        layer = self.config.layer
         with torch.autocast(self.device.type, enabled=False):
-            hidden = self.llm(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        features = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        if not features.isfinite().all():
-            row = int((~features.isfinite().all(1)).nonzero()[0])
-            raise UserError(f"--llm_model_name {self.name}: features of the caption {captions[row]!r} are not finite")
-        return features.cpu()
+            out = self.llm(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), output_hidden_states=layer != "last")
+        return states_of_layer(out.hidden_states if layer != "last" else (), out.last_hidden_state, layer)
 
-    def encode_all(self, captions: list[str], batch_size: int = 64) -> Tensor:
-        """(len(captions), width), encoded by all ranks together, each its share.  Collective.  Progress on rank 0."""
-        order = sorted(range(len(captions)), key=lambda i: -len(captions[i]))  # like lengths together, the longest first: memory fails at once
-        mine = order[dist.rank() :: dist.world_size()]
-        features = torch.empty(len(mine), self.width)
-        starts = tqdm(range(0, len(mine), batch_size), desc="captions", disable=not dist.is_main() or len(mine) < 20 * batch_size, mininterval=2)
-        for start in starts:
-            chosen = [captions[i] for i in mine[start : start + batch_size]]
-            features[start : start + len(chosen)] = self.encode(chosen)
-        rows, gathered = dist.gather_rows(torch.tensor(mine, dtype=torch.long)), dist.gather_rows(features)
-        table = torch.empty_like(gathered)
-        table[rows] = gathered
-        return table
+    @torch.inference_mode()
+    def pooled(self, states: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.to(self.device)
+        return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        ids, mask = self.tokenize(captions)
+        return self.pooled(self.states(ids, mask), mask)
+
+    def encode_all(self, captions: Sequence[str], batch_size: int = 64) -> dict[str, Tensor]:
+        """Features as they are stored, on the CPU, a function of `captions` alone, in batches of like length.
+
+        Returns: `features`, float16, pooled (N, width), or those of all valid tokens in a row, (tokens, width), with their
+        `offsets` (N + 1,); `lengths` (N,), tokens before the cut; `unknown` (N,), whether a character is unknown to the tokenizer.
+        Raises: UserError naming a caption whose features are not finite, or too large for float16.
+        """
+        lengths = torch.tensor([len(ids) for ids in self.token_ids(captions)], dtype=torch.long)
+        order = lengths.argsort(descending=True, stable=True).tolist()  # the longest first: memory fails at once
+        rows: list[Tensor] = [torch.empty(0)] * len(captions)
+        unknown = torch.zeros(len(captions), dtype=torch.bool)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, mask = self.tokenize([captions[i] for i in chosen])
+            if self.tokenizer.unk_token_id is not None:
+                unknown[chosen] = ((ids == self.tokenizer.unk_token_id) & (mask == 1)).any(1)
+            states = self.states(ids, mask)
+            if self.config.pooling == "mean":
+                states, mask = self.pooled(states, mask)[:, None], mask[:, :1]
+            found = states.half().cpu()
+            finite = (found.isfinite().all(-1) | (mask == 0)).all(1)
+            if not finite.all():
+                caption = captions[chosen[finite.int().argmin()]]
+                raise UserError(f"--llm_model_name {self.config.llm}: features of the caption {caption!r} are not finite, or beyond float16's 65504")
+            for i, row, count in zip(chosen, found, mask.sum(1).tolist()):
+                rows[i] = row[:count]
+        arrays = {"features": torch.cat([torch.empty(0, self.width, dtype=torch.float16), *rows]), "lengths": lengths, "unknown": unknown}
+        if self.config.pooling == "tokens":
+            arrays["offsets"] = torch.tensor([0, *map(len, rows)]).cumsum(0)
+        return arrays
+
+
+def digest_of_weights(folder: Path) -> str:
+    """SHA-256 over a local model's configuration and weights, file by file."""
+
+    def digest(path: Path) -> bytes:
+        value = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                value.update(block)
+        return value.digest()
+
+    paths = [folder / "config.json", *(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))]
+    with ThreadPoolExecutor() as threads:
+        parts = list(threads.map(digest, paths))
+    return "sha256:" + hashlib.sha256(b"".join(parts)).hexdigest()[:32]
+
+
+@contextmanager
+def in_one_line(name: str) -> Iterator[None]:
+    """Whatever goes wrong in loading (no such model, a cut file, a package that is missing: each its own exception) as one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"--llm_model_name {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+class LanguageModel:
+    """A frozen LLM by name.  Its configuration and tokenizer are read and checked at once, its weights by `load`.
+
+    Raises: UserError, in one line, where there is no such model or it cannot do what is asked.
+    """
+
+    def __init__(self, config: TextConfig):
+        from transformers import AutoConfig, AutoTokenizer, logging
+        from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self.config, name = config, config.llm
+        if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+            raise UserError(f"--llm_model_name {name}: no such folder, and not a hub name like llm-jp/llm-jp-3-150m")
+        with in_one_line(name):
+            self.architecture = AutoConfig.from_pretrained(name, revision=config.revision)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
+            puts_bos = get_tokenizer_config(name, revision=config.revision).get("add_bos_token")
+        longest = getattr(self.architecture.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and config.max_text_len > longest:
+            raise UserError(f"--max_text_len {config.max_text_len} is more than {name} can read; wanted {longest} at most")
+        self.probe = self.tokenizer(PROBE)["input_ids"]
+        if puts_bos and self.tokenizer.bos_token_id is not None and self.probe[0] != self.tokenizer.bos_token_id:
+            raise UserError(
+                f"--llm_model_name {name}: its tokenizer_config.json says add_bos_token, but the text starts with token {self.probe[0]} instead of "
+                f"{self.tokenizer.bos_token} ({self.tokenizer.bos_token_id}); in a copy of the folder, give tokenizer.json a post_processor that puts it there"
+            )
+
+    def revision(self) -> str:
+        """The hub's commit, or the hash of a local folder's weights, which are read for it."""
+        from transformers.utils.hub import cached_file, extract_commit_hash
+
+        name = self.config.llm
+        if os.path.isdir(name):
+            return digest_of_weights(Path(name))
+        return extract_commit_hash(cached_file(name, "config.json", revision=self.config.revision), None) or ""
 
     def describe(self) -> dict[str, str | int]:
-        """What features depend on, as plain data for the checkpoint."""
-        config = self.llm.config
-        ids = self.tokenizer(PROBE, return_token_type_ids=False)["input_ids"]
+        """What features depend on, as plain data for the store's manifest and the checkpoint."""
+        config = self.config
         return {
-            "llm": self.name,
-            "revision": getattr(config, "_commit_hash", None) or "",
-            "architecture": config.model_type,
-            "width": self.width,
-            "max_text_len": self.max_len,
-            "layer": "last",
-            "pooling": "mean",
+            "llm": config.llm,
+            "revision": self.revision(),
+            "architecture": self.architecture.model_type,
+            "max_text_len": config.max_text_len,
+            "layer": config.layer,
+            "pooling": config.pooling,
             "normalization": "NFKC",
-            "tokenizer": hashlib.sha256(repr(ids).encode()).hexdigest()[:16],
+            "dtype": config.dtype,
+            "tokenizer": hashlib.sha256(repr(self.probe).encode()).hexdigest()[:16],
+            "transformers": version("transformers"),
         }
 
+    def load(self, device: torch.device) -> TextEncoder:
+        """The encoder, its weights read.  Raises: UserError where they do not fill the model."""
+        from transformers import AutoModel
 
-def load_text_encoder(name: str, max_len: int, device: torch.device, revision: str | None = None) -> TextEncoder:
-    """A Hugging Face folder or hub name (at `revision`, if given) to an encoder: bf16 on a GPU, float32 on a CPU.
-
-    Raises: UserError, in one line, where there is no such model or its weights do not fill it.
-    """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise UserError(f"--llm_model_name {name}: no such folder, and not a hub name like llm-jp/llm-jp-3-150m")
-    try:
-        longest = getattr(AutoConfig.from_pretrained(name, revision=revision).get_text_config(), "max_position_embeddings", None)
-        if longest is not None and max_len > longest:
-            raise UserError(f"--max_text_len {max_len} is more than {name} can read; wanted {longest} at most")
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        llm, report = AutoModel.from_pretrained(name, revision=revision, dtype=dtype, output_loading_info=True)
-    except UserError:
-        raise
-    except Exception as error:  # no such model, a cut file, a package that is missing: each its own exception
-        raise UserError(f"--llm_model_name {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    missing = [key for key in report["missing_keys"] if "pooler" not in key]  # BERT's pooler is not used here
-    if missing:
-        raise UserError(f"--llm_model_name {name}: {len(missing)} weights are missing from its files, first {missing[0]}")
-    return TextEncoder(llm, tokenizer, max_len, name, device)
-
-
-@dataclass(frozen=True)
-class FeatureNorm:
-    """Features to mean 0 and variance 1 in each dimension.
-
-    Mean-pooled LLM states share most of their length, so captions differ by little until it is taken out.
-    """
-
-    mean: Tensor  # (1, width)
-    std: Tensor  # (1, width)
-
-    @classmethod
-    def of(cls, features: Tensor) -> "FeatureNorm":
-        """From the features of the training captions, (N, width).  Dimensions that do not vary keep their scale."""
-        std = features.std(0, correction=0, keepdim=True)
-        return cls(features.mean(0, keepdim=True), torch.where(std > 1e-6, std, 1.0))
-
-
-class CaptionTable:
-    """Features of a fixed set of captions in host memory, each distinct caption encoded once.  Collective to build."""
-
-    def __init__(self, encoder: TextEncoder, captions: Iterable[str]):
-        distinct = list(dict.fromkeys(captions))
-        self.row = {caption: i for i, caption in enumerate(distinct)}
-        self.features = encoder.encode_all(distinct)  # (N, width)
-        self.null = encoder.null.clone()  # (1, width)
-
-    def standardize(self, norm: FeatureNorm) -> None:
-        """Once, here, rather than for every batch."""
-        for features in (self.features, self.null):
-            features.sub_(norm.mean).div_(norm.std)
-
-    def __call__(self, captions: Sequence[str]) -> Tensor:  # -> (B, width)
-        return self.features[[self.row[caption] for caption in captions]]
+        config = self.config
+        with in_one_line(config.llm):
+            llm, report = AutoModel.from_pretrained(config.llm, revision=config.revision, dtype=DTYPES[config.dtype], output_loading_info=True)
+        missing = [key for key in report["missing_keys"] if "pooler" not in key]  # BERT's pooler is not used here
+        if missing:
+            raise UserError(f"--llm_model_name {config.llm}: {len(missing)} weights are missing from its files, first {missing[0]}")
+        return TextEncoder(llm, self.tokenizer, config, device)

@@ -1,11 +1,12 @@
 """What the data sources share: pictures read by number, and the endless stream of samples that training takes them in.
 
-Sample n of a run is picture order(n // size)[n % size], where order(k) is the k-th shuffle. n alone decides the flip, the choice of
+Sample n of a run is picture order(n // size)[n % size], where order(k) is the k-th shuffle of those trained on. n alone decides the flip, the choice of
 caption, the noise and the time of that sample, so neither the number of ranks nor a resumption changes what a step trains on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -14,20 +15,38 @@ from datasets.transforms import center_crop, open_rgb, to_uint8
 from util.randomness import stream, uniform
 
 
+class PackedStrings(Sequence):
+    """Strings in one block of bytes: millions of Python objects would be copied into every loader process as it counts references."""
+
+    def __init__(self, strings: Iterable[str]):
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+        self.ends = np.cumsum([len(part) for part in encoded], dtype=np.int64)
+        self.block = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> str:
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i %= len(self)
+        return self.block[self.ends[i - 1] if i else 0 : self.ends[i]].decode("utf-8", "surrogateescape")
+
+
 class PictureDataset(Dataset):
     """Picture files by number.  dataset[index, n] -> (uint8 (3, H, W), condition, n, broken files met on the way).
 
     Where a file cannot be read the next one stands in, and its name travels back with the sample.
     """
 
-    def __init__(self, paths: Sequence[str], img_size: int, hflip: bool, seed: int = 0):
-        self.paths, self.img_size, self.hflip, self.seed = paths, img_size, hflip, seed
+    def __init__(self, paths: Iterable[str], img_size: int, hflip: bool, seed: int = 0):
+        self.paths, self.img_size, self.hflip, self.seed = PackedStrings(paths), img_size, hflip, seed
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def condition(self, index: int, n: int) -> str | int:
-        """The caption or label of picture `index` as sample n shows it."""
+    def condition(self, index: int, n: int) -> int:
+        """The label of picture `index`, or the number of the caption that sample n shows it with."""
         raise NotImplementedError
 
     def picture(self, index: int) -> Tensor:
@@ -47,7 +66,7 @@ class PictureDataset(Dataset):
                 broken.append(f"{self.paths[at]}: {type(error).__name__}: {error}")
         return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), index, broken
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, str | int, int, list[str]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, list[str]]:
         index, n = key
         picture, index, broken = self.readable(index)
         if self.hflip and uniform(self.seed, "flip", [n]).item() < 0.5:
@@ -55,34 +74,48 @@ class PictureDataset(Dataset):
         return picture, self.condition(index, n), n, broken
 
 
-def collate(samples: list[tuple[Tensor, str | int, int, list[str]]]) -> tuple[Tensor, list[str] | Tensor, list[int], list[str]]:
-    """(B, 3, H, W) uint8; labels (B,) int64 or a list of captions; sample numbers; broken files."""
-    pictures, conditions, numbers, broken = zip(*samples)
-    labels = torch.tensor(conditions) if isinstance(conditions[0], int) else list(conditions)
-    return torch.stack(pictures), labels, list(numbers), [line for lines in broken for line in lines]
+class Collate:
+    """Samples to a batch: (B, 3, H, W) uint8; what `look_up` makes of their labels or caption numbers; sample numbers; broken files."""
+
+    def __init__(self, look_up: Callable[[Tensor], Tensor] | None = None):
+        self.look_up = look_up
+
+    def __call__(self, samples: list[tuple[Tensor, int, int, list[str]]]) -> tuple[Tensor, Tensor, list[int], list[str]]:
+        pictures, conditions, numbers, broken = zip(*samples)
+        raw = torch.tensor(conditions)
+        return torch.stack(pictures), self.look_up(raw) if self.look_up else raw, list(numbers), [line for lines in broken for line in lines]
 
 
 class StreamSampler(Sampler):
     """(index, n) of one rank's samples in one epoch.
 
     A global batch is batch_size x world samples in a row, cut among the ranks; an accumulated step is several of them.
+    Args: pictures: indices of those that are trained on, (size,).
     """
 
-    def __init__(self, size: int, batch_size: int, batches: int, rank: int, world: int, seed: int):
-        self.size, self.batch_size, self.batches, self.rank, self.world, self.seed = size, batch_size, batches, rank, world, seed
+    def __init__(self, pictures: Tensor, batch_size: int, batches: int, rank: int, world: int, seed: int):
+        self.pictures, self.batch_size, self.batches, self.rank, self.world, self.seed = pictures, batch_size, batches, rank, world, seed
         self.epoch = 0
-        self._order = (-1, [])  # the shuffle in use and its number
+        self._order = (-1, pictures)  # the shuffle in use and its number
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
 
-    def order(self, number: int) -> list[int]:
+    def order(self, number: int) -> Tensor:
         if self._order[0] != number:
-            self._order = (number, torch.randperm(self.size, generator=stream(self.seed, "order", number)).tolist())
+            self._order = (number, self.pictures[torch.randperm(len(self.pictures), generator=stream(self.seed, "order", number))])
         return self._order[1]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        size = len(self.pictures)
         for batch in range(self.epoch * self.batches, (self.epoch + 1) * self.batches):
             first = (batch * self.world + self.rank) * self.batch_size
             for n in range(first, first + self.batch_size):
-                yield self.order(n // self.size)[n % self.size], n
+                yield int(self.order(n // size)[n % size]), n
+
+
+def hold_out(size: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Picture indices to train on and to hold out: `wanted`, but a hundredth of all at most."""
+    order = torch.randperm(size, generator=stream(seed, "held out", 0))
+    count = min(wanted, size // 100)
+    return order[count:].sort().values, order[:count]

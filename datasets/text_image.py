@@ -3,7 +3,9 @@
 import unicodedata
 from pathlib import Path
 
-from datasets.stream import PictureDataset
+import numpy as np
+
+from datasets.stream import PackedStrings, PictureDataset
 from util.errors import UserError
 from util.randomness import uniform
 
@@ -64,13 +66,15 @@ class TextImageFolder(PictureDataset):
             wanted = " ".join(sorted(EXTENSIONS))
             raise UserError(f"--data_path {root}: no captioned pictures; wanted images/NAME ({wanted}) with captions/NAME.txt")
         self.skipped = "; ".join(problems)
-        paths, self.captions = zip(*pairs)
+        paths, texts = zip(*pairs)
+        self.captions = PackedStrings(caption for lines in texts for caption in lines)
+        self.first = np.cumsum([0, *map(len, texts)])  # picture i has the captions first[i] to first[i + 1] - 1
         super().__init__(paths, img_size, hflip, seed)
 
-    def condition(self, index: int, n: int) -> str:
-        captions = self.captions[index]
-        return captions[int(uniform(self.seed, "caption", [n]).item() * len(captions))]
+    def condition(self, index: int, n: int) -> int:
+        first, end = self.first[index : index + 2].tolist()
+        return first + int(uniform(self.seed, "caption", [n]).item() * (end - first))
 
     def distinct_captions(self) -> list[str]:
         """Every caption once, in the order of the files."""
-        return list(dict.fromkeys(caption for captions in self.captions for caption in captions))
+        return list(dict.fromkeys(self.captions))

@@ -1,10 +1,16 @@
 """Small real models, tokenizers and data sets, built on the spot: nothing here is a stand-in for the loading code."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a mistyped name fails at once instead of after retries
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # a hub cache of the tests' own
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -66,6 +72,13 @@ def llm_folder(tmp_path_factory):
         return made[kind]
 
     return get
+
+
+def load_encoder(folder, **config):
+    """The encoder of a model folder, on the CPU."""
+    from text_encoder import LanguageModel, TextConfig
+
+    return LanguageModel(TextConfig(str(folder), **{"max_text_len": 40, **config})).load(torch.device("cpu"))
 
 
 def write_text_data(root: Path, count: int = 8, size: int = 16) -> Path:

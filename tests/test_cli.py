@@ -33,7 +33,7 @@ def test_defaults():
         "t_eps": 0.05, "label_drop_prob": 0.1, "grad_clip": None, "seed": 0, "start_epoch": None, "num_workers": 12, "pin_mem": True,
         "sampling_method": "heun", "num_sampling_steps": 50, "cfg": 1, "interval_min": 0, "interval_max": 1, "num_images": 50000, "eval_freq": 40,
         "online_eval": False, "evaluate_gen": False, "generate": False, "gen_bsz": 256, "class_num": 1000, "save_last_freq": 5, "log_freq": 100,
-        "device": "auto",
+        "device": "auto", "llm_dtype": "auto", "text_cache": "disk", "text_cache_dir": None, "held_out": 64,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in wanted} == wanted
     assert not checked("--no_pin_mem").pin_mem
@@ -54,6 +54,10 @@ def test_defaults():
         (["--cfg", "inf"], "--cfg inf"),
         (["--generate", "--online_eval", "--resume", "x"], "three runs"),
         (["--text_norm", "standardize"], "no effect on the class model"),
+        (["--llm_layer", "-2"], "no effect on the class model"),
+        (["--held_out", "9"], "no effect on the class model"),
+        ([*TEXT, "--text_cache", "memory", "--text_cache_dir", "x"], "no effect with --text_cache memory"),
+        ([*TEXT, "--held_out", "-1"], "--held_out -1 must not be negative"),
         (["--epochs", "0"], "--epochs 0 must be at least 1"),
         (["--batch_size", "-3"], "--batch_size"),
         (["--cfg", "-1"], "--cfg"),
@@ -186,7 +190,8 @@ def test_our_folder_datasets_does_not_disturb_transformers(installed, llm_folder
         (site / "datasets-5.2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 5.2.0\n")
         (site / "datasets").mkdir()
         (site / "datasets" / "__init__.py").write_text("__version__ = '5.2.0'\n")
-    code = f"import main_jit, torch; main_jit.load_text_encoder({str(llm_folder())!r}, 40, torch.device('cpu')); print('loaded')"
+    code = "import main_jit, torch; from text_encoder import LanguageModel, TextConfig; "
+    code += f"LanguageModel(TextConfig({str(llm_folder())!r})).load(torch.device('cpu')); print('loaded')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(site)})
     assert done.stdout.strip() == "loaded", done.stderr[-2000:]
 
@@ -194,7 +199,7 @@ def test_our_folder_datasets_does_not_disturb_transformers(installed, llm_folder
 def test_nothing_but_main_reads_flags_and_one_module_talks_to_torch_distributed():
     for path in [*ROOT.glob("*.py"), *(ROOT / "util").glob("*.py"), *(ROOT / "datasets").glob("*.py")]:
         source = path.read_text(encoding="utf-8")
-        if path.name not in ("main_jit.py", "checkpoint.py", "demo.py"):
+        if path.name not in ("main_jit.py", "cache_text.py", "checkpoint.py", "demo.py"):
             assert "argparse" not in source, path
         if path.name != "distributed.py":
             assert "torch.distributed" not in source.split('"""', 2)[-1], path

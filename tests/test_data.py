@@ -7,7 +7,7 @@ from conftest import CAPTIONS
 from PIL import Image
 
 from datasets.imagenet import ClassFolder
-from datasets.stream import StreamSampler, collate
+from datasets.stream import Collate, PackedStrings, StreamSampler, hold_out
 from datasets.text_image import TextImageFolder
 from datasets.transforms import center_crop, open_rgb, to_uint8
 from util.errors import UserError
@@ -22,9 +22,9 @@ def test_pairs_of_any_depth_case_and_extension(tmp_path):
         else:
             path.write_bytes("\ufeff一行目\r\n\r\n 二行目 \n".encode())
     data = TextImageFolder(tmp_path, img_size=8)
-    assert len(data) == 3 and data.captions == (("一行目", "二行目"),) * 3
+    assert len(data) == 3 and list(data.captions) == ["一行目", "二行目"] * 3
     assert data.distinct_captions() == ["一行目", "二行目"]
-    assert {data.condition(0, n) for n in range(20)} == {"一行目", "二行目"}
+    assert {data.condition(1, n) for n in range(20)} == {2, 3}  # numbers of picture 1's lines
     assert [data.condition(0, n) for n in range(20)] == [data.condition(0, n) for n in range(20)]
 
 
@@ -103,7 +103,7 @@ def test_a_broken_picture_is_replaced_and_named(text_data):
     (text_data / "images" / "3.png").write_bytes(b"no picture")
     data = TextImageFolder(text_data, img_size=16)
     picture, caption, n, broken = data[3, 77]
-    assert torch.equal(picture, data.picture(4)) and caption == CAPTIONS[4] and n == 77
+    assert torch.equal(picture, data.picture(4)) and data.captions[caption] == CAPTIONS[4] and n == 77
     assert len(broken) == 1 and "3.png" in broken[0]
 
 
@@ -116,14 +116,32 @@ def test_flip_is_off_for_text_and_a_function_of_the_sample_number(text_data, cla
 
 def test_batches(text_data, class_data):
     text, classes = TextImageFolder(text_data, 16), ClassFolder(class_data, 3, 16)
-    pictures, captions, numbers, broken = collate([text[0, 5], text[1, 6]])
+    pictures, lines, numbers, broken = Collate()([text[0, 5], text[1, 6]])
     assert pictures.shape == (2, 3, 16, 16) and pictures.dtype == torch.uint8
-    assert captions == CAPTIONS[:2] and numbers == [5, 6] and broken == []
-    assert collate([classes[0, 5], classes[11, 6]])[1].tolist() == [0, 2]
+    assert [text.captions[line] for line in lines] == CAPTIONS[:2] and numbers == [5, 6] and broken == []
+    assert Collate()([classes[0, 5], classes[11, 6]])[1].tolist() == [0, 2]
+    assert Collate(lambda lines: lines * 10)([text[0, 5], text[1, 6]])[1].tolist() == [0, 10]
+
+
+def test_packed_strings_are_the_strings():
+    strings = ["", "赤い三", "a", "", "𠮷野家🍚", "\udcff of a file name", "末"]
+    packed = PackedStrings(strings)
+    assert list(packed) == strings and packed[-1] == "末" and len(packed) == 7
+    assert len(PackedStrings([])) == 0
+    with pytest.raises(IndexError):
+        packed[7]
+
+
+def test_at_most_a_hundredth_is_held_out_and_never_trained_on():
+    for size, wanted, count in [(8, 64, 0), (640, 64, 6), (10000, 64, 64), (10000, 0, 0)]:
+        pictures, held = hold_out(size, wanted, seed=1)
+        assert len(held) == count and sorted([*pictures.tolist(), *held.tolist()]) == list(range(size))
+    sampler = StreamSampler(pictures := hold_out(640, 64, seed=1)[0], 10, 200, 0, 1, seed=1)
+    assert {index for index, _ in sampler} == set(pictures.tolist())
 
 
 def stream_of(world: int, batch: int, size: int = 10, batches: int = 6, epoch: int = 0) -> list[list[tuple[int, int]]]:
-    samplers = [StreamSampler(size, batch, batches, rank, world, seed=1) for rank in range(world)]
+    samplers = [StreamSampler(torch.arange(size), batch, batches, rank, world, seed=1) for rank in range(world)]
     for sampler in samplers:
         sampler.epoch = epoch
     parts = [list(sampler) for sampler in samplers]

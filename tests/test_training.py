@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, write_text_data
+from conftest import ROOT, load_encoder, write_text_data
 from PIL import Image
 
 import engine_jit
 import main_jit
+from denoiser import DiffusionConfig, sample_time
+from text_encoder import LanguageModel
 from util import checkpoint
 from util.errors import UserError
 
@@ -41,6 +43,14 @@ def assert_same_training(a, b, exact=True):
                 torch.testing.assert_close(value, b[key][name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
     for name, state in a["optimizer"].items():
         assert not exact or all(torch.equal(value, b["optimizer"][name][key]) for key, value in state.items()), name
+
+
+def scalars(out, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out))
+    events.Reload()
+    return [event.value for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else None
 
 
 def moved(state):
@@ -88,10 +98,10 @@ def test_two_ranks_train_evaluate_resume_and_equal_one_process_with_the_double_b
 
 def test_the_llm_is_bit_identical_after_training_and_in_no_checkpoint(text_data, llm_folder, tmp_path, monkeypatch):
     encoders = []
-    load = main_jit.load_text_encoder
-    monkeypatch.setattr(main_jit, "load_text_encoder", lambda *args: encoders.append(load(*args)) or encoders[-1])
+    load = LanguageModel.load
+    monkeypatch.setattr(LanguageModel, "load", lambda *args: encoders.append(load(*args)) or encoders[-1])
     run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1))
-    fresh = load(str(llm_folder()), 77, torch.device("cpu"))
+    fresh = load_encoder(llm_folder())
     llm = encoders[0].llm
     assert not any(module.training for module in llm.modules())
     assert all(torch.equal(value, fresh.llm.state_dict()[name]) for name, value in llm.state_dict().items())
@@ -129,6 +139,8 @@ def test_a_trained_model_recalls_the_picture_of_each_caption(tmp_path, llm_folde
         drawn = torch.tensor(list(Image.open(out / "samples" / f"{i:04d}.png").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))))
         nearest = min(colours.values(), key=lambda other: (drawn - torch.tensor(other)).square().sum().item())
         assert nearest == colour, (i, drawn)
+    gap = {name: scalars(out, f"text_gap/{name}") for name in ("loss", "shuffled", "null")}
+    assert abs(gap["shuffled"][0]) < 0.05 and gap["shuffled"][-1] > 10 * gap["loss"][-1] and gap["null"][-1] > gap["loss"][-1]
 
 
 def test_pictures_do_not_depend_on_the_batch_they_are_drawn_in(text_data, llm_folder, tmp_path):
@@ -150,12 +162,9 @@ def test_figures_against_the_data_itself(text_data, llm_folder, tmp_path, monkey
     argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1, "--online_eval", "--num_images", 16)
     run(*argv)
     assert (text_data / "fid_stats_16.npz").is_file()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "out"))
-    events.Reload()
-    assert {"train_loss", "lr", "grad_norm", "images_per_second", "fid", "is"} <= set(events.Tags()["scalars"])
-    assert events.Tags()["images"] == ["test_prompts"] and events.Scalars("fid")[0].value > 0
+    for tag in ("train_loss", "lr", "grad_norm", "images_per_second", "is", "text_gap/grad_norm"):
+        assert scalars(tmp_path / "out", tag), tag
+    assert scalars(tmp_path / "out", "fid")[0] > 0
 
 
 def test_evaluation_leaves_the_training_state_as_it_was(text_data, llm_folder, tmp_path):
@@ -168,9 +177,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(text_
     argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--save_last_freq", 1)
     run(*argv, "--epochs", "1")
     before = (tmp_path / "out" / "checkpoint-last.pth").read_bytes()
-    loss = engine_jit.denoising_loss
+    loss = engine_jit.batch_loss
     calls = []
-    monkeypatch.setattr(engine_jit, "denoising_loss", lambda *args: loss(*args) * (float("nan") if len(calls) == 2 else 1) + 0 * len(calls.append(1) or []))
+    monkeypatch.setattr(engine_jit, "batch_loss", lambda *args: loss(*args) * (float("nan") if len(calls) == 2 else 1) + 0 * len(calls.append(1) or []))
     with pytest.raises(UserError, match=r"not finite at step 5 \(lr 1.00e-03\)"):
         run(*argv, "--epochs", "4", "--resume", str(tmp_path / "out"), "--log_freq", "100")
     assert (tmp_path / "out" / "checkpoint-last.pth").read_bytes() != before  # epoch 1, the last good one
@@ -181,7 +190,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(text_
 def test_broken_pictures_are_listed_and_too_many_stop_the_run(tmp_path, llm_folder):
     data = write_text_data(tmp_path / "data", 120)
     (data / "images" / "7.png").write_bytes(b"broken")
-    argv = flags(data, llm_folder(), tmp_path / "out", "--batch_size", 40, "--epochs", 1)
+    argv = flags(data, llm_folder(), tmp_path / "out", "--batch_size", 40, "--epochs", 1, "--held_out", 0)
     run(*argv)
     assert "7.png" in (tmp_path / "out" / "bad_images.txt").read_text()
     with pytest.raises(UserError, match=r"7\.png.*--bad_images skip"):
@@ -251,3 +260,79 @@ def test_a_published_class_checkpoint_resumes_and_draws(class_data, tmp_path):
     assert len(list((tmp_path / "out" / "samples").glob("0*.png"))) == 3
     run(*common, "--epochs", "3", "--batch_size", "4", "--warmup_epochs", "0")
     assert weights(tmp_path / "out")["epoch"] == 2 and weights(tmp_path / "out")["step"] == 2 * 3 + 3
+
+
+class FlatPictures:
+    """Picture i is one grey everywhere; its caption is number i."""
+
+    greys = torch.tensor([0, 51, 153, 255], dtype=torch.uint8)
+
+    def readable(self, index):
+        return self.greys[index].expand(3, 4, 4), index, []
+
+    def condition(self, index, n):
+        return index
+
+
+def flat_conditions(lines):
+    return FlatPictures.greys[lines].float() / 127.5 - 1
+
+
+flat_conditions.null = torch.zeros(1)
+
+
+def test_the_text_gap_in_closed_form():
+    diffusion = DiffusionConfig(noise_scale=2.0)
+    gap = engine_jit.TextGap(FlatPictures(), range(4), flat_conditions, diffusion, seed=0, batch_size=5, device=torch.device("cpu"))
+
+    class Draws(torch.nn.Module):  # exactly the picture that y tells of
+        def forward(self, z_t, t, y):
+            return y.view(-1, 1, 1, 1).expand_as(z_t)
+
+    class Deaf(torch.nn.Module):
+        def forward(self, z_t, t, y):
+            return z_t * 0.5
+
+    found = {name: value.item() for name, value in gap.measure(Draws(), bf16=False).items()}
+    grey = flat_conditions(torch.arange(64) % 4)
+    t = sample_time(torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(64) + 0.5) / 64), diffusion)
+    weight = 1 / (1 - t).clamp_min(0.05) ** 2
+    assert found["text_gap/loss"] == pytest.approx(0, abs=1e-6)
+    assert found["text_gap/shuffled"] == pytest.approx((weight * (grey - grey.roll(1)).square()).mean().item(), rel=1e-4)
+    assert found["text_gap/null"] == pytest.approx((weight * grey.square()).mean().item(), rel=1e-4)
+    deaf = {name: value.item() for name, value in gap.measure(Deaf(), bf16=False).items()}
+    assert deaf["text_gap/loss"] > 0.1 and deaf["text_gap/shuffled"] == deaf["text_gap/null"] == 0
+
+
+def test_measuring_the_text_gap_changes_nothing(text_data, llm_folder, tmp_path, class_data):
+    for name, often in (("often", 1), ("once", 100)):
+        run(*flags(text_data, llm_folder(), tmp_path / name, "--batch_size", 4, "--epochs", 2, "--proj_dropout", "0.2", "--log_freq", often))
+    assert_same_training(weights(tmp_path / "often"), weights(tmp_path / "once"))
+    assert len(scalars(tmp_path / "often", "text_gap/shuffled")) == 4 and len(scalars(tmp_path / "once", "text_gap/shuffled")) == 1
+    common = ["--model", "JiT-Nano/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--batch_size", "4", "--epochs", "1"]
+    run(*common, "--data_path", str(class_data), "--output_dir", str(tmp_path / "class"))
+    assert scalars(tmp_path / "class", "train_loss") and scalars(tmp_path / "class", "text_gap/shuffled") is None
+
+
+def test_wherever_the_features_come_from_the_training_is_the_same(text_data, llm_folder, tmp_path):
+    common = ["--batch_size", 4, "--epochs", 2, "--llm_layer", "mean", "--text_norm", "standardize"]
+    for cache in ("disk", "memory", "off"):
+        run(*flags(text_data, llm_folder(), tmp_path / cache, *common, "--text_cache", cache))
+    run(*flags(text_data, llm_folder(), tmp_path / "workers", *common, "--num_workers", 1))
+    disk = weights(tmp_path / "disk")
+    assert (text_data / "text_cache" / "manifest.json").is_file() and moved(disk) > 1e-4
+    for cache in ("memory", "workers"):
+        assert_same_training(disk, weights(tmp_path / cache))
+    off = weights(tmp_path / "off")
+    for name, value in disk["model"].items():
+        assert (value - off["model"][name]).abs().mean() < 0.05 * 1e-3 * disk["step"], name  # Adam's steps are lr long, whatever the gradient
+
+
+def test_an_evaluation_encodes_only_the_captions_that_it_draws(text_data, llm_folder, tmp_path, capsys):
+    argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1)
+    run(*argv)
+    capsys.readouterr()
+    run(*argv, "--resume", str(tmp_path / "out"), "--evaluate_gen", "--num_images", "2", "--text_cache_dir", str(tmp_path / "new"))
+    assert "holds 0 of 13 texts" in capsys.readouterr().out  # two captions, ten test prompts, the empty one
+    run(*argv, "--resume", str(tmp_path / "out"), "--evaluate_gen")
+    assert "the LLM is not loaded" in capsys.readouterr().out

@@ -1,0 +1,316 @@
+"""The feature store on disk, and the conditions read from it: whole or not at all, the same bytes whatever happened, never stale."""
+
+import io
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CAPTIONS, ROOT, write_text_data
+
+import cache_text
+import text_features
+from text_encoder import LanguageModel, TextConfig, TextEncoder
+from util import feature_store as disk
+from util.errors import UserError
+
+CPU = torch.device("cpu")
+MANY = [f"{caption} {i}" for i in range(6) for caption in CAPTIONS]  # 36 captions
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(disk, "SHARD_ROWS", 8)
+
+
+def prepare(folder, llm, captions=MANY, prompts=("富士山",), cache="disk", norm="none", saved=None, lines=None, **config):
+    lines = np.arange(len(captions)) if lines is None else lines
+    config = TextConfig(str(llm), **{"max_text_len": 40, "dtype": "auto", **config})
+    return text_features.prepare(config, cache, folder, captions, lines, list(prompts), norm, saved or {}, CPU)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def in_child(action) -> int:
+    """Run `action` in a forked process.  Returns: its exit code, or minus the signal that killed it."""
+    if (pid := os.fork()) == 0:
+        code = 70
+        try:
+            sys.stderr = io.StringIO()  # a progress bar
+            action()
+            code = 0
+        except UserError as error:
+            print(error, flush=True)
+            code = 1
+        finally:
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    return os.waitstatus_to_exitcode(status)
+
+
+def test_disk_memory_and_the_live_encoder_give_the_same_features(llm_folder, tmp_path):
+    found = {cache: prepare(tmp_path / "store", llm_folder(), cache=cache) for cache in ("disk", "memory", "off")}
+    lines = torch.tensor([3, 0, 35, 3])
+    y = {cache: conditioning.conditions(lines) for cache, conditioning in found.items()}
+    assert y["disk"].shape == (4, 32) and y["disk"].dtype == torch.float32 and torch.equal(y["disk"][0], y["disk"][3])
+    assert torch.equal(y["disk"], y["memory"])
+    torch.testing.assert_close(y["disk"], y["off"], rtol=1e-3, atol=1e-3)  # float16's rounding
+    for name in ("null", "prompts"):
+        a, b, c = (getattr(found[cache].conditions if name == "null" else found[cache], name) for cache in ("disk", "memory", "off"))
+        assert torch.equal(a, b) and torch.allclose(a, c, rtol=1e-3, atol=1e-3), name
+    encoder = LanguageModel(TextConfig(str(llm_folder()), 40)).load(CPU)
+    torch.testing.assert_close(found["disk"].conditions.null, encoder.null, rtol=1e-3, atol=1e-3)
+    assert found["disk"].description == found["memory"].description == found["off"].description
+    assert found["disk"].frozen == found["off"].frozen == encoder.parameters and found["disk"].width == 32
+
+
+def test_each_distinct_caption_is_encoded_once_and_added_ones_alone(llm_folder, tmp_path, monkeypatch):
+    seen = []
+    encode_all = TextEncoder.encode_all
+    monkeypatch.setattr(TextEncoder, "encode_all", lambda self, captions: seen.extend(captions) or encode_all(self, captions))
+    prepare(tmp_path, llm_folder(), CAPTIONS * 50 + ["ハンカクとFULL"])  # the last one in NFKC is one of CAPTIONS
+    assert len(seen) == len(set(seen)) == len(CAPTIONS) + 2  # the prompt and the empty caption
+    before, seen[:] = contents(tmp_path), []
+    y = prepare(tmp_path, llm_folder(), [*CAPTIONS, "新しい"], prompts=["富士山", "新しい指示"]).conditions(torch.tensor([6]))
+    assert sorted(seen) == sorted(["新しい", "新しい指示"]) and before.items() <= contents(tmp_path).items()
+    torch.testing.assert_close(y, LanguageModel(TextConfig(str(llm_folder()), 40)).load(CPU).encode(["新しい"]), rtol=1e-3, atol=1e-3)
+
+
+def test_with_a_complete_store_the_llm_is_not_loaded(llm_folder, tmp_path, monkeypatch, capsys):
+    first = prepare(tmp_path, llm_folder(), norm="standardize")
+    monkeypatch.setattr(LanguageModel, "load", lambda *args: pytest.fail("loaded"))
+    again = prepare(tmp_path, llm_folder(), norm="standardize")
+    assert "the LLM is not loaded" in capsys.readouterr().out
+    lines = torch.arange(36)
+    assert torch.equal(first.conditions(lines), again.conditions(lines)) and torch.equal(first.prompts, again.prompts)
+
+
+def test_lengths_and_truncation_are_said_once_also_from_a_complete_store(llm_folder, tmp_path, capsys):
+    for _ in range(2):
+        prepare(tmp_path, llm_folder(), max_text_len=8)
+        assert capsys.readouterr().out.count("are cut at --max_text_len 8") == 1
+    lengths = np.array([3, 8, 9, 16, 17, 40])
+    assert (
+        text_features.describe_lengths(lengths, 16)
+        == "tokens a caption: 1-8 33.3%, 9-16 33.3%, 17-32 16.7%, 33-64 16.7%; longest 40; 33.33% are cut at --max_text_len 16"
+    )
+
+
+def test_every_field_of_the_manifest_protects(llm_folder, tmp_path):
+    prepare(tmp_path, llm_folder())
+    path = tmp_path / disk.MANIFEST
+    manifest = json.loads(path.read_text())
+    wanted = {"revision", "architecture", "max_text_len", "layer", "pooling", "normalization", "dtype", "tokenizer", "transformers"}
+    fields = set(manifest) - {"llm", "stored", "width", "parameters"}  # those are no settings, or follow from them
+    assert fields == wanted
+    for field in fields:
+        other = 39 if field == "max_text_len" else "bf16" if field == "dtype" else f"not {manifest[field]}"
+        path.write_text(json.dumps(manifest | {field: other}))
+        with pytest.raises(UserError) as error:
+            prepare(tmp_path, llm_folder(), **({"dtype": "fp32"} if field == "dtype" else {}))
+        message = str(error.value)
+        assert f"made with {field} {other!r}" in message and repr(manifest[field]) in message and "\n" not in message
+        assert "or name another folder (delete this one to encode" in message and str(tmp_path) in message
+        assert field not in disk.REMEDIES or f"give {disk.REMEDIES[field]} {other}" in message
+    path.write_text(json.dumps(manifest | {"llm": "its folder had another name"}))
+    with pytest.raises(UserError, match="other settings"):  # but its shards are those of the other manifest
+        prepare(tmp_path, llm_folder())
+    disk.check_manifest(tmp_path, {**manifest, "llm": "moved"}, {key: manifest[key] for key in [*fields, "llm"]})
+    with pytest.raises(UserError, match="made with llm 'a/b'.*--llm_model_name a/b"):
+        disk.check_manifest(tmp_path, {"llm": "a/b", "revision": "c"}, {"llm": "d/e", "revision": "c"})
+    for content in ("", "{", "[]", "\x00"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="--text_cache_dir"):
+            prepare(tmp_path, llm_folder())
+
+
+def test_the_type_of_the_llm_is_the_stores_unless_asked_otherwise(llm_folder, tmp_path):
+    prepare(tmp_path, llm_folder(), dtype="bf16")
+    assert prepare(tmp_path, llm_folder()).description["dtype"] == "bf16"
+    with pytest.raises(UserError, match="--llm_dtype bf16"):
+        prepare(tmp_path, llm_folder(), dtype="fp32")
+    assert prepare(tmp_path, llm_folder(), cache="memory").description["dtype"] == "fp32"
+    assert prepare(tmp_path, llm_folder(), cache="memory", saved={"dtype": "bf16"}).description["dtype"] == "bf16"
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync", "replace", "replaced"])
+@pytest.mark.parametrize("shard", [0, 2])
+def test_killed_at_any_moment_and_started_again_the_bytes_are_the_same(moment, shard, llm_folder, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    prepare(whole, llm_folder())
+    assert len(contents(whole)) == 1 + 5  # 38 texts, 8 a shard
+
+    def killed():
+        """Dies in writing the manifest (the first file) or a shard; never by an exception that could be caught."""
+        calls = []
+        name = {"write": "fsync", "replaced": "replace"}.get(moment, moment)
+        real = getattr(os, name)
+
+        def deadly(*args):
+            calls.append(1)
+            if name == "replace" or args[0] > 2:  # each file has one replace and two fsyncs, its own and its folder's
+                due = len(calls) > (shard if name == "replace" else 2 * shard)
+                if due and moment == "write":
+                    os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
+                if due and moment == "replaced":
+                    real(*args)
+                if due:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+
+        setattr(os, name, deadly)
+        prepare(parts, llm_folder())
+
+    assert in_child(killed) == -signal.SIGKILL
+    left = contents(parts)
+    shards = {name: content for name, content in left.items() if name.endswith(".safetensors")}
+    assert len(shards) < 5 and shards.items() <= contents(whole).items()  # what is there is whole
+    monkeypatch.setattr(disk, "STALE", -1)  # as if ten minutes had passed
+    prepare(parts, llm_folder())
+    assert contents(parts) == contents(whole)
+
+
+def test_two_jobs_on_one_store_share_the_work_and_do_each_other_no_harm(llm_folder, tmp_path):
+    prepare(tmp_path / "alone", llm_folder())
+    pids = []
+    for _ in range(3):
+        if (pid := os.fork()) == 0:
+            os._exit(in_child(lambda: prepare(tmp_path / "shared", llm_folder())))
+        pids.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0, 0]
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+
+
+def test_a_disk_that_is_full_is_an_error_and_leaves_nothing_half_valid(llm_folder, tmp_path, capfd, monkeypatch):
+    def on_a_small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))  # the manifest fits, a shard does not
+        prepare(tmp_path / "store", llm_folder())
+
+    assert in_child(on_a_small_disk) == 1
+    printed = capfd.readouterr().out
+    assert "--text_cache_dir" in printed and "cannot be written to: File too large" in printed and "Make room, or name another folder" in printed
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [disk.MANIFEST]
+    prepare(tmp_path / "store", llm_folder())  # with room again
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="features of 38 captions take 0.00 GB at least"):  # said before the first is encoded
+        prepare(tmp_path / "other", llm_folder())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_before_the_llm_is_loaded(llm_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(LanguageModel, "load", lambda *args: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--text_cache_dir .*file/store cannot be written to"):
+        prepare(tmp_path / "file" / "store", llm_folder())
+
+
+def test_a_damaged_or_hostile_shard_is_named_and_never_run(llm_folder, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "went off"),))
+
+    store = tmp_path / "store"
+    prepare(store, llm_folder())
+    path = next(store.glob("*.safetensors"))
+    good = path.read_bytes()
+    for bad in (good[:-1], good[:100], b"", b"\xff" * len(good), pickle.dumps(Bomb())):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=f"{path.name} is damaged .* delete it, and its captions are encoded anew"):
+            prepare(store, llm_folder())
+    assert not (tmp_path / "went off").exists()
+    path.unlink()
+    prepare(store, llm_folder())
+    assert path.read_bytes() == good
+
+
+def test_a_shard_of_other_settings_is_refused(llm_folder, tmp_path):
+    prepare(tmp_path / "a", llm_folder())
+    prepare(tmp_path / "b", llm_folder(), layer="mean")
+    shard = next((tmp_path / "a").glob("*.safetensors"))
+    (tmp_path / "b" / shard.name).write_bytes(shard.read_bytes())
+    with pytest.raises(UserError, match=f"{shard.name} was made with other settings"):
+        prepare(tmp_path / "b", llm_folder(), layer="mean")
+
+
+def test_half_written_files_of_dead_jobs_go_and_those_of_living_ones_stay(tmp_path):
+    old, new = tmp_path / ".a.safetensors.host.1.tmp", tmp_path / ".b.safetensors.host.2.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 3600,) * 2)
+    disk.remove_stale(tmp_path)
+    assert not old.exists() and new.exists()
+
+
+def test_rows_are_found_by_key_and_travel_to_other_processes_by_name(llm_folder, tmp_path):
+    prepare(tmp_path, llm_folder())
+    store = disk.FeatureStore(tmp_path, disk.shard_names(tmp_path))
+    keys = disk.keys_of(text_features.normalize(caption) for caption in MANY)
+    rows = store.find(keys)
+    assert sorted(rows.tolist()) == sorted(set(rows.tolist())) and store.find(disk.keys_of(["nowhere"])).tolist() == [-1]
+    assert disk.first_of_each(np.concatenate([keys[3:5], keys])).tolist() == [0, 1, 2, 3, 4, *range(7, 38)]
+    copy = pickle.loads(pickle.dumps(store))
+    assert len(pickle.dumps(store)) < 1000 and torch.equal(copy(rows), store(rows))
+    assert (disk.FeatureRows([]).find(keys) == -1).all()
+
+
+def test_token_features_are_stored_without_padding(llm_folder, tmp_path):
+    text_features.build_store(TextConfig(str(llm_folder()), 40, pooling="tokens", dtype="fp32"), tmp_path, MANY, [], CPU)
+    store = disk.FeatureStore(tmp_path, disk.shard_names(tmp_path))
+    rows = store.find(disk.keys_of(text_features.normalize(caption) for caption in MANY))
+    states, mask = store.tokens(rows)
+    encoder = LanguageModel(TextConfig(str(llm_folder()), 40)).load(CPU)
+    assert mask.sum(1).tolist() == store.lengths(rows).tolist() and sum(len(shard["features"]) for shard in store.shards) == store._column("lengths").sum()
+    torch.testing.assert_close((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), encoder.encode(MANY), rtol=2e-3, atol=2e-3)
+    with pytest.raises(UserError, match="made with pooling 'tokens', this run's would be with 'mean'"):
+        prepare(tmp_path, llm_folder())
+
+
+def test_standardized_features_have_mean_0_and_variance_1_over_the_training_captions(llm_folder, tmp_path):
+    raw, conditioning = (prepare(tmp_path, llm_folder(), norm=norm) for norm in ("none", "standardize"))
+    features = conditioning.conditions(torch.arange(36))
+    torch.testing.assert_close(features.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.std(0, correction=0), torch.ones(32), atol=1e-3, rtol=0)
+    mean, std = conditioning.description["mean"], conditioning.description["std"]
+    torch.testing.assert_close(conditioning.conditions.null * std + mean, raw.conditions.null, rtol=1e-4, atol=1e-5)
+    saved = conditioning.description
+    resumed = prepare(tmp_path, llm_folder(), [*MANY, "増えた"], norm="standardize", saved=saved)  # the checkpoint's statistics, not new ones
+    assert torch.equal(resumed.conditions(torch.arange(36)), features) and torch.equal(resumed.description["mean"], mean)
+    single = text_features.FeatureNorm.of([torch.ones(1, 32)], 32)
+    assert torch.equal(single(torch.ones(1, 32)), torch.zeros(1, 32))  # no variance to divide by
+    torch.manual_seed(0)
+    rows = torch.randn(100, 3) * 2 + 1000
+    norm = text_features.FeatureNorm.of(rows.split(7), 3)
+    torch.testing.assert_close(norm.std, rows.double().std(0, correction=0, keepdim=True).float(), rtol=1e-5, atol=0)
+
+
+def test_features_of_another_making_than_the_checkpoints_are_refused():
+    made = {"llm": "a/b", "revision": "sha256:1", "layer": "last", "dtype": "fp32", "tokenizer": "t", "transformers": "5.0"}
+    text_features.check_saved({}, made)
+    text_features.check_saved(made | {"llm": "moved", "transformers": "5.1"}, made)
+    text_features.check_saved(made | {"revision": "0123"}, made)  # a hub's commit and a folder's hash cannot be compared
+    for field in ("revision", "layer", "dtype", "tokenizer"):
+        other = "sha256:2" if field == "revision" else "other"
+        with pytest.raises(UserError, match=f"made with {field} {other}, this run's with {made[field]}"):
+            text_features.check_saved(made | {field: other}, made)
+
+
+@pytest.mark.slow
+def test_two_ranks_build_the_store_that_one_process_builds(llm_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "SHARD_ROWS", 1024)
+    data = write_text_data(tmp_path / "data", 8)
+    (data / "captions" / "0.txt").write_text("\n".join(f"{i} 番目の猫" for i in range(3000)), encoding="utf-8")
+    flags = ["--data_path", str(data), "--llm_model_name", str(llm_folder()), "--text_cache_dir", str(tmp_path / "two"), "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "cache_text.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "complete, 3017 texts" in done.stdout, done.stderr[-2000:]
+    cache_text.main([*flags[:4], "--text_cache_dir", str(tmp_path / "one"), "--device", "cpu"])
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(contents(tmp_path / "one")) == 1 + 3

@@ -1,0 +1,291 @@
+"""The conditions of a text model: captions of the data set by number -> features, from a store on disk, from memory, or from the LLM itself.
+
+Whatever the source, the numbers are the same to float16's rounding. In the first two cases each distinct caption is encoded once
+and the LLM is gone before training starts; where the store is complete it is not even loaded.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from text_encoder import LanguageModel, TextConfig, TextEncoder, normalize
+from util import distributed as dist
+from util import feature_store as disk
+from util.errors import UserError, writable_folder
+from util.feature_store import FeatureRows, FeatureStore
+from util.logging import progress, say
+
+SAMPLE = 4096  # captions that --text_cache off measures lengths and statistics on
+
+
+@dataclass(frozen=True)
+class FeatureNorm:
+    """Features to mean 0 and variance 1 in each dimension.
+
+    Mean-pooled LLM states share most of their length, so captions differ by little until it is taken out.
+    """
+
+    mean: Tensor  # (1, width)
+    std: Tensor  # (1, width)
+
+    @classmethod
+    def of(cls, blocks: Iterable[Tensor], width: int) -> "FeatureNorm":
+        """From all ranks' features, each rank's in blocks (n, width).  Dimensions that do not vary keep their scale.  Collective."""
+        sums = torch.zeros(3, width, dtype=torch.float64)  # of 1, of the feature, of its square
+        for block in blocks:
+            block = block.double()
+            sums += torch.stack([torch.full((width,), float(len(block)), dtype=torch.float64), block.sum(0), block.square().sum(0)])
+        count, total, squares = dist.sum_over_ranks(sums)[:, None]
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(0).sqrt()
+        return cls(mean.float(), torch.where(std > 1e-6, std, 1.0).float())
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean.to(features.device)) / self.std.to(features.device)
+
+
+def same(features: Tensor) -> Tensor:
+    return features
+
+
+class StoredText:
+    """conditions(lines) -> (B, width) float32 on the CPU, read by row; the loader's processes do it."""
+
+    in_loader = True
+
+    def __init__(self, features: FeatureRows, rows: np.ndarray, null: Tensor, norm: Callable[[Tensor], Tensor]):
+        self.features, self.rows, self.null, self.norm = features, rows, null, norm
+
+    def __call__(self, lines: Tensor) -> Tensor:
+        return self.norm(self.features(self.rows[lines.numpy()]))
+
+
+class LiveText:
+    """conditions(lines) -> (B, width) float32 on the LLM's device, encoded on the spot."""
+
+    in_loader = False
+
+    def __init__(self, encoder: TextEncoder, captions: Sequence[str], null: Tensor, norm: Callable[[Tensor], Tensor]):
+        self.encoder, self.captions, self.null, self.norm = encoder, captions, null, norm
+
+    def __call__(self, lines: Tensor) -> Tensor:
+        return self.norm(self.encoder.encode([self.captions[line] for line in lines.tolist()]))
+
+
+@dataclass
+class Conditioning:
+    """What training and drawing are conditioned on, and how its features were made."""
+
+    conditions: Callable[[Tensor], Tensor]  # engine_jit.Conditions
+    prompts: Tensor  # what to draw: (prompts, width), or labels (prompts,)
+    description: dict[str, Any] | None = None  # goes into the checkpoint of a text model
+    width: int | None = None
+    frozen: int = 0  # parameters of the LLM
+
+
+class Texts(Sequence):
+    """What a run may ask features of: the captions at `lines`, then the prompts, then the empty string; in NFKC."""
+
+    def __init__(self, captions: Sequence[str], lines: np.ndarray, prompts: Sequence[str]):
+        self.captions, self.lines, self.extra = captions, lines, [*prompts, ""]
+
+    def __len__(self) -> int:
+        return len(self.lines) + len(self.extra)
+
+    def __getitem__(self, i: int) -> str:
+        count = len(self.lines)
+        if i >= len(self):
+            raise IndexError(i)
+        return normalize(self.captions[self.lines[i]] if i < count else self.extra[i - count])
+
+
+def encode_shares(encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray, chosen: np.ndarray, done: Callable = lambda part: False) -> Iterator:
+    """This rank's share of texts[chosen] in parts of a shard each: (keys, arrays).  `done(keys)` parts are left out.
+
+    Every job takes its parts in an order of its own, so that several jobs on one store share the work.
+    """
+    parts = [chosen[start : start + disk.SHARD_ROWS] for start in range(0, len(chosen), disk.SHARD_ROWS)][dist.rank() :: dist.world_size()]
+    random.SystemRandom().shuffle(parts)
+    with progress(sum(map(len, parts)), "captions", unit="caption") as bar:
+        for part in parts:
+            if not done(keys[part]):
+                yield keys[part], {"keys": disk.key_array(keys[part]), **encoder.encode_all([texts[i] for i in part])}
+            bar.update(len(part))
+
+
+def in_memory(encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray) -> FeatureRows:
+    """Features of all `texts` on every rank.  Collective."""
+    mine = [arrays for _, arrays in encode_shares(encoder, texts, keys, disk.first_of_each(keys))]
+    mine.append({"keys": disk.key_array(keys[:0]), **encoder.encode_all([])})  # a rank may have no share
+    return FeatureRows([{name: dist.gather_rows(torch.cat([arrays[name] for arrays in mine])).numpy() for name in mine[0]}])
+
+
+def describe_lengths(lengths: np.ndarray, limit: int) -> str:
+    """How long captions are, in tokens, and how many are cut.  lengths: (n,), before the cut."""
+    shares, low = [], 0
+    while low < lengths.max():
+        high = 2 * low or 8
+        share = ((lengths > low) & (lengths <= high)).mean()
+        shares += [f"{low + 1}-{high} {share:.1%}"] if share else []
+        low = high
+    cut = (lengths > limit).mean()
+    return f"tokens a caption: {', '.join(shares)}; longest {lengths.max()}; {cut:.2%} are cut at --max_text_len {limit}"
+
+
+def spread(count: int, wanted: int) -> np.ndarray:
+    """`wanted` numbers of 0 .. count - 1, evenly spread; all of them where there are not more."""
+    return np.arange(count) if count <= wanted else np.linspace(0, count - 1, wanted).astype(np.int64)
+
+
+def settle(config: TextConfig, saved: Mapping[str, Any], manifest: Mapping[str, Any], device: torch.device) -> TextConfig:
+    """The LLM's revision and type where the flags leave them open: those of the checkpoint, of the store, or the device's usual ones."""
+    dtype = saved.get("dtype") or manifest.get("dtype") or ("bf16" if device.type == "cuda" else "fp32")
+    pinned = [made["revision"] for made in (saved, manifest) if made.get("llm") == config.llm and made.get("revision") and not os.path.isdir(config.llm)]
+    return replace(config, dtype=dtype if config.dtype == "auto" else config.dtype, revision=pinned[0] if pinned else None)
+
+
+def check_saved(saved: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    """Raises: UserError where the features of a checkpoint are not those that this run would make.
+
+    A model may have another name now, be a folder instead of a hub name, or be read by another version of transformers.
+    """
+    for field, value in description.items():
+        found = saved.get(field)
+        comparable = field != "revision" or (found and found.startswith("sha256:") == value.startswith("sha256:"))
+        if field in saved and field not in ("llm", "transformers") and comparable and found != value:
+            raise UserError(f"the checkpoint's text features were made with {field} {found}, this run's with {value}; see --llm_model_name and its neighbours")
+
+
+def norm_of(features: FeatureRows, rows: np.ndarray, saved: Mapping[str, Any]) -> FeatureNorm:
+    """The checkpoint's, or that of all training captions.  Collective."""
+    if "mean" in saved:
+        return FeatureNorm(saved["mean"].clone(), saved["std"].clone())
+    mine = rows[dist.rank() :: dist.world_size()]
+    return FeatureNorm.of((features(mine[start : start + 1024]) for start in range(0, len(mine), 1024)), features.width)
+
+
+class Model:
+    """The LLM of a run: its description at once, on all ranks alike, its weights where features are missing.  Collective to make."""
+
+    def __init__(self, config: TextConfig, saved: Mapping[str, Any], manifest: Mapping[str, Any], device: torch.device):
+        self.config, self.device = settle(config, saved, manifest, device), device
+        self.model = LanguageModel(self.config) if dist.is_main() else None
+        self.description = dist.from_main(self.model.describe() if self.model else None)
+        check_saved(saved, self.description)
+
+    def load(self) -> TextEncoder:
+        say(f"text: loading {self.config.llm} ({self.config.dtype}) on {self.device}")
+        return (self.model or LanguageModel(self.config)).load(self.device)
+
+
+def fill_store(folder: Path, encoder: TextEncoder, description: Mapping[str, Any], texts: Texts, keys: np.ndarray, missing: np.ndarray) -> None:
+    """Encode texts[missing] into new shards, all ranks together.  Collective.  Raises: UserError where the disk has no room."""
+    if dist.is_main():
+        disk.remove_stale(folder)
+        needed, free = len(missing) * (2 * encoder.width + 25), shutil.disk_usage(folder).free
+        if needed > free:
+            sizes = f"the features of {len(missing)} captions take {needed / 1e9:.2f} GB at least, and {free / 1e9:.2f} GB are free"
+            raise UserError(f"--text_cache_dir {folder}: {sizes}; make room, or name another folder")
+        if disk.read_manifest(folder) is None:
+            disk.write_manifest(folder, {**description, "stored": "float16", "width": encoder.width, "parameters": encoder.parameters})
+    dist.barrier()
+    manifest = disk.read_manifest(folder) or {}
+    disk.check_manifest(folder, manifest, description)  # another job may have been quicker
+    for part, arrays in encode_shares(encoder, texts, keys, missing, lambda part: (folder / disk.shard_name(part)).exists()):
+        disk.write_shard(folder / disk.shard_name(part), manifest, arrays)
+    dist.barrier()
+
+
+def from_disk(folder: Path, model: Model, manifest: Mapping[str, Any], texts: Texts, keys: np.ndarray) -> FeatureStore:
+    """A store that holds all `texts`; where it lacks some, and only there, the LLM is loaded and encodes them.  Collective."""
+    if manifest:
+        disk.check_manifest(folder, manifest, model.description)
+    store = FeatureStore(folder, dist.from_main(disk.shard_names(folder)))
+    distinct = disk.first_of_each(keys)
+    missing = distinct[store.find(keys[distinct]) < 0]
+    say(f"text store {folder}: holds {len(distinct) - len(missing)} of {len(distinct)} texts" + ("" if len(missing) else "; the LLM is not loaded"))
+    if len(missing):
+        if dist.is_main():
+            writable_folder(folder, "--text_cache_dir")
+        fill_store(folder, model.load(), model.description, texts, keys, missing)
+        store = FeatureStore(folder, dist.from_main(disk.shard_names(folder)))
+    return store
+
+
+def report(features: FeatureRows, own: np.ndarray, rows: np.ndarray, limit: int) -> None:
+    """What a user should know of the captions (rows `own`), and of all texts (`rows`)."""
+    if len(own):
+        say(f"captions: {len(own)} different ones; {describe_lengths(features.lengths(own), limit)}")
+    if unknown := features.unknown(rows).sum():
+        say(f"warning: {unknown} captions and prompts hold characters that this LLM's tokenizer does not know; captions may look the same to it")
+
+
+def stored_manifest(folder: Path) -> dict[str, Any]:
+    """What rank 0 reads; nothing where there is no store yet.  Collective."""
+    return dist.from_main(disk.read_manifest(folder)) or {}
+
+
+def build_store(config: TextConfig, folder: Path, captions: Sequence[str], prompts: Sequence[str], device: torch.device) -> None:
+    """The store that `prepare` would build, ahead of time.  Collective."""
+    manifest = stored_manifest(folder)
+    model = Model(config, {}, manifest, device)
+    texts = Texts(captions, np.arange(len(captions)), prompts)
+    keys = disk.keys_of(texts)
+    store = from_disk(folder, model, manifest, texts, keys)
+    rows = store.find(keys)
+    report(store, np.unique(rows[: len(captions)]), np.unique(rows), config.max_text_len)
+    size = sum((folder / name).stat().st_size for name in store.names)
+    say(f"text store {folder}: complete, {len(store)} texts in {size / 1e6:.1f} MB, {size / len(store):.0f} bytes each")
+
+
+def prepare(
+    config: TextConfig,
+    cache: str,
+    folder: Path,
+    captions: Sequence[str],
+    lines: np.ndarray,
+    prompts: Sequence[str],
+    text_norm: str,
+    saved: Mapping[str, Any],
+    device: torch.device,
+) -> Conditioning:
+    """Conditions for the captions at `lines` and features of the prompts.  Collective.
+
+    Args: cache: "disk" (in `folder`), "memory" or "off"; text_norm: "none" or "standardize"; saved: the description in a
+    checkpoint, or nothing.  Raises: UserError where `saved` tells of other features.
+    """
+    manifest = stored_manifest(folder) if cache == "disk" else {}
+    model = Model(config, saved, manifest, device)
+    texts = Texts(captions, lines[spread(len(lines), SAMPLE)] if cache == "off" else lines, prompts)
+    keys = disk.keys_of(texts)
+    if cache == "disk":
+        encoder, features = None, from_disk(folder, model, manifest, texts, keys)
+        frozen = (disk.read_manifest(folder) or {}).get("parameters", 0)
+    else:
+        encoder = model.load()
+        features, frozen = in_memory(encoder, texts, keys), encoder.parameters
+    rows = features.find(keys)
+    own, prompt_rows, null_row = np.split(rows, [len(texts.lines), len(rows) - 1])
+    report(features, np.unique(own), np.unique(rows), config.max_text_len)
+
+    norm = same
+    description = {**model.description, "width": features.width, "text_norm": text_norm}
+    if text_norm == "standardize":
+        norm = norm_of(features, np.unique(own), saved)
+        description |= {"mean": norm.mean, "std": norm.std}
+    null = norm(features(null_row))
+    if cache == "off":
+        conditions = LiveText(encoder, captions, null, norm)
+    else:
+        row_of = np.full(len(captions), -1)
+        row_of[lines] = own
+        conditions = StoredText(features, row_of, null, norm)
+    return Conditioning(conditions, norm(features(prompt_rows)), description, features.width, frozen)

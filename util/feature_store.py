@@ -1,0 +1,212 @@
+"""Text features on disk, float16: encoded once, read by row through memory maps that all processes of a machine share.
+
+A store is a folder with manifest.json, which says how its features were made, and shards, each a safetensors file of up to 1,024
+captions: `keys` (16 bytes a caption), `features`, `lengths` (tokens before the cut), `unknown` (has characters unknown to the
+tokenizer) and, where every token's state is kept, `offsets`. A shard is called after its keys and is there whole or not at all:
+written beside, synced, renamed. So a job that is killed loses the shards it was at, jobs on one store do each other no harm and
+take each other's shards as done, and new captions are new shards.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from util.errors import UserError
+
+MANIFEST = "manifest.json"
+SHARD_ROWS = 1024
+STALE = 600  # seconds after which a half-written file is a dead job's: a shard takes less than one to write
+REMEDIES = {
+    "llm": "--llm_model_name",
+    "max_text_len": "--max_text_len",
+    "layer": "--llm_layer",
+    "dtype": "--llm_dtype",
+    "pooling": "--text_pooling of cache_text.py",
+}
+
+
+def keys_of(texts: Iterable[str]) -> np.ndarray:
+    """128-bit hashes of texts, (n,) of 16 bytes each: what a store knows a caption by."""
+    digests = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts)
+    return np.frombuffer(digests, dtype="S16")
+
+
+def first_of_each(keys: np.ndarray) -> np.ndarray:
+    """Positions at which a key stands for the first time, in order."""
+    return np.sort(np.unique(keys, return_index=True)[1])
+
+
+def shard_name(keys: np.ndarray) -> str:
+    return f"{hashlib.blake2b(keys.tobytes(), digest_size=12).hexdigest()}.safetensors"
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Beside, synced, renamed.  Raises: UserError where it cannot be written, with nothing left behind."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"--text_cache_dir {path.parent} cannot be written to: {error.strerror}; what was stored before is whole. Make room, or name another folder"
+        ) from error
+
+
+def remove_stale(folder: Path) -> None:
+    """What killed jobs left half-written."""
+    for path in folder.glob(".*.tmp"):
+        try:
+            if time.time() - path.stat().st_mtime > STALE:
+                path.unlink()
+        except OSError:  # another job was quicker
+            pass
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """None where there is no store yet.  Raises: UserError for a file that is no manifest."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--text_cache_dir {folder}: {MANIFEST} cannot be read ({error}); name another folder, or delete this one") from error
+    if not isinstance(manifest, dict):
+        raise UserError(f"--text_cache_dir {folder}: {MANIFEST} is not a store's; name another folder")
+    return manifest
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises: UserError that names the first field in which the store's features differ from what this run would make."""
+    moved = str(wanted.get("revision")).startswith("sha256:")  # a local model's content is compared; its folder may have another name now
+    for field, value in wanted.items():
+        found = manifest.get(field)
+        if found == value or (field == "llm" and moved):
+            continue
+        flag = REMEDIES.get(field)
+        remedy = f"give {flag} {found}" if flag else f"go back to the {field} it was made with"
+        raise UserError(
+            f"--text_cache_dir {folder}: its features were made with {field} {found!r}, this run's would be with {value!r}; "
+            f"{remedy}, or name another folder (delete this one to encode its captions anew)"
+        )
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def key_array(keys: np.ndarray) -> Tensor:
+    """(n,) keys as (n, 16) bytes."""
+    return torch.from_numpy(np.ascontiguousarray(keys).view(np.uint8).reshape(-1, 16).copy())
+
+
+def write_shard(path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> None:
+    """arrays: `keys`, and what TextEncoder.encode_all returns of their captions."""
+    write_whole(path, save(dict(arrays), {"settings": settings_digest(manifest)}))
+
+
+class FeatureRows:
+    """Features by row, out of arrays in memory or mapped from files.  rows_of(numbers) -> (B, width) float32, the pooled features."""
+
+    def __init__(self, shards: Sequence[Mapping[str, np.ndarray]]):
+        self.shards = shards
+        self.starts = np.cumsum([0, *(len(shard["keys"]) for shard in shards)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def width(self) -> int:
+        return self.shards[0]["features"].shape[1]
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.concatenate([shard[name] for shard in self.shards])
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Row of each key, (n,) int64; -1 where there is none."""
+        if not len(self):
+            return np.full(len(keys), -1)
+        held = np.frombuffer(self._column("keys").tobytes(), dtype="S16")
+        order = np.argsort(held, kind="stable")
+        at = np.minimum(np.searchsorted(held, keys, sorter=order), len(held) - 1)
+        return np.where(held[order[at]] == keys, order[at], -1)
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of those captions before the cut, (n,)."""
+        return self._column("lengths")[rows]
+
+    def unknown(self, rows: np.ndarray) -> np.ndarray:
+        """Whether those captions hold characters that the tokenizer does not know, (n,) bool."""
+        return self._column("unknown")[rows]
+
+    def _places(self, rows: np.ndarray) -> Iterable[tuple[Mapping[str, np.ndarray], int]]:
+        at = np.searchsorted(self.starts, rows, side="right") - 1
+        return ((self.shards[shard], row) for shard, row in zip(at.tolist(), (rows - self.starts[at]).tolist()))
+
+    def __call__(self, rows: np.ndarray) -> Tensor:
+        chosen = np.empty((len(rows), self.width), dtype=np.float16)
+        for i, (shard, row) in enumerate(self._places(rows)):
+            chosen[i] = shard["features"][row]
+        return torch.from_numpy(chosen).float()
+
+    def tokens(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """States of all valid tokens, padded: (B, L, width) float32, and their mask (B, L) bool."""
+        found = [torch.from_numpy(shard["features"][slice(*shard["offsets"][row : row + 2])]) for shard, row in self._places(rows)]
+        mask = torch.arange(max(map(len, found))) < torch.tensor([len(states) for states in found])[:, None]
+        return torch.nn.utils.rnn.pad_sequence(found, batch_first=True).float(), mask
+
+
+class FeatureStore(FeatureRows):
+    """The shards `names` of a folder, opened read-only; what is read lies once in the machine's memory, whatever the number of processes."""
+
+    def __init__(self, folder: Path, names: Sequence[str]):
+        self.folder, self.names = folder, list(names)
+        settings = settings_digest(read_manifest(folder) or {})
+        super().__init__([open_shard(folder / name, settings) for name in names])
+
+    def __reduce__(self):  # to another process by name, not by content
+        return type(self), (self.folder, self.names)
+
+
+def shard_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def open_shard(path: Path, settings: str) -> dict[str, np.ndarray]:
+    """A shard's arrays, mapped.  Raises: UserError for one that is damaged, or of another manifest."""
+    try:
+        with safe_open(path, "pt") as file:
+            made_with = (file.metadata() or {}).get("settings")
+        shard = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+        keys, features = shard["keys"], shard["features"]
+        if keys.dtype != np.uint8 or keys.shape[1:] != (16,) or features.dtype != np.float16 or features.ndim != 2:
+            raise ValueError("not the arrays of a shard")
+        if not len(keys) == len(shard["lengths"]) == len(shard["unknown"]) == (len(shard["offsets"]) - 1 if "offsets" in shard else len(features)):
+            raise ValueError("arrays of different lengths")
+    except FileNotFoundError as error:
+        raise UserError(f"--text_cache_dir {path.parent}: {path.name} is not seen by this process; do all nodes see the same folder?") from error
+    except Exception as error:  # cut short, overwritten, not a shard: each its own exception
+        raise UserError(f"--text_cache_dir: {path} is damaged ({error}); delete it, and its captions are encoded anew") from error
+    if made_with != settings:
+        raise UserError(f"--text_cache_dir: {path} was made with other settings than {MANIFEST} says; delete it, and its captions are encoded anew")
+    return shard
