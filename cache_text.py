@@ -8,8 +8,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+import main_jit
 import text_features
-from main_jit import check_args, get_parser, make_dataset, or_leave, read_prompts, store_folder, text_config
+from main_jit import check_args, make_dataset, or_leave, read_prompts, store_folder, text_config
 from util import distributed as dist
 from util.errors import UserError
 
@@ -24,14 +25,18 @@ def build(args: argparse.Namespace) -> None:
     text_features.build_store(config, store_folder(args), make_dataset(args).captions, prompts, device)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = get_parser()
+def get_parser() -> main_jit.Parser:
+    parser = main_jit.get_parser()
     parser.description = __doc__.split("\n")[0]
     parser.set_defaults(model="JiT-B/16-Text")
     parser.add_argument(
         "--text_pooling", choices=("mean", "tokens"), default="mean", help="one vector a caption, which training reads, or the states of all its tokens"
     )
-    or_leave(build, parser.parse_args(argv))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    or_leave(build, get_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

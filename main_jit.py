@@ -74,7 +74,7 @@ def get_parser() -> Parser:
     group.add_argument(
         "--llm_layer",
         choices=LAYERS,
-        default="last",
+        default="mean",
         help="states that become features: the last or next to last layer's, the middle one's, or the mean over all of RMS-normalised states",
     )
     group.add_argument(
@@ -86,7 +86,7 @@ def get_parser() -> Parser:
     group.add_argument(
         "--text_norm",
         choices=("none", "standardize"),
-        default="none",
+        default="standardize",
         help="standardize: text features to mean 0, variance 1 per dimension over the training captions",
     )
     group.add_argument(

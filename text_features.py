@@ -8,7 +8,9 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,7 @@ class Conditioning:
 
 
 class Texts(Sequence):
-    """What a run may ask features of: the captions at `lines`, then the prompts, then the empty string; in NFKC."""
+    """What a run may ask features of: the captions at `lines`, then the prompts, then the empty string."""
 
     def __init__(self, captions: Sequence[str], lines: np.ndarray, prompts: Sequence[str]):
         self.captions, self.lines, self.extra = captions, lines, [*prompts, ""]
@@ -104,7 +106,11 @@ class Texts(Sequence):
         count = len(self.lines)
         if i >= len(self):
             raise IndexError(i)
-        return normalize(self.captions[self.lines[i]] if i < count else self.extra[i - count])
+        return self.captions[self.lines[i]] if i < count else self.extra[i - count]
+
+    def keys(self) -> np.ndarray:
+        """What a store knows them by: captions that are one in NFKC are one."""
+        return disk.keys_of(map(normalize, self))
 
 
 def encode_shares(encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray, chosen: np.ndarray, done: Callable = lambda part: False) -> Iterator:
@@ -172,18 +178,27 @@ def norm_of(features: FeatureRows, rows: np.ndarray, saved: Mapping[str, Any]) -
     return FeatureNorm.of((features(mine[start : start + 1024]) for start in range(0, len(mine), 1024)), features.width)
 
 
+def describe(config: TextConfig) -> dict[str, Any]:
+    return LanguageModel(config).describe()
+
+
 class Model:
-    """The LLM of a run: its description at once, on all ranks alike, its weights where features are missing.  Collective to make."""
+    """The LLM of a run: its description at once, on all ranks alike, the model itself where features are missing.  Collective to make.
+
+    A short-lived process makes the description, so that where nothing is missing transformers and the tokenizer take no memory.
+    """
 
     def __init__(self, config: TextConfig, saved: Mapping[str, Any], manifest: Mapping[str, Any], device: torch.device):
-        self.config, self.device = settle(config, saved, manifest, device), device
-        self.model = LanguageModel(self.config) if dist.is_main() else None
-        self.description = dist.from_main(self.model.describe() if self.model else None)
+        self.config, self.device, description = settle(config, saved, manifest, device), device, None
+        if dist.is_main():
+            with ProcessPoolExecutor(1, get_context("fork")) as child:
+                description = child.submit(describe, self.config).result()
+        self.description = dist.from_main(description)
         check_saved(saved, self.description)
 
     def load(self) -> TextEncoder:
         say(f"text: loading {self.config.llm} ({self.config.dtype}) on {self.device}")
-        return (self.model or LanguageModel(self.config)).load(self.device)
+        return LanguageModel(self.config).load(self.device)
 
 
 def fill_store(folder: Path, encoder: TextEncoder, description: Mapping[str, Any], texts: Texts, keys: np.ndarray, missing: np.ndarray) -> None:
@@ -238,7 +253,7 @@ def build_store(config: TextConfig, folder: Path, captions: Sequence[str], promp
     manifest = stored_manifest(folder)
     model = Model(config, {}, manifest, device)
     texts = Texts(captions, np.arange(len(captions)), prompts)
-    keys = disk.keys_of(texts)
+    keys = texts.keys()
     store = from_disk(folder, model, manifest, texts, keys)
     rows = store.find(keys)
     report(store, np.unique(rows[: len(captions)]), np.unique(rows), config.max_text_len)
@@ -265,7 +280,7 @@ def prepare(
     manifest = stored_manifest(folder) if cache == "disk" else {}
     model = Model(config, saved, manifest, device)
     texts = Texts(captions, lines[spread(len(lines), SAMPLE)] if cache == "off" else lines, prompts)
-    keys = disk.keys_of(texts)
+    keys = texts.keys()
     if cache == "disk":
         encoder, features = None, from_disk(folder, model, manifest, texts, keys)
         frozen = (disk.read_manifest(folder) or {}).get("parameters", 0)

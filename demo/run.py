@@ -56,6 +56,16 @@ def draw(processes: int, common: list[str], run: Path, prompts: list[str]) -> li
     return [Image.open(run / "samples" / f"{i:04d}.png").convert("RGB") for i in range(len(prompts))]
 
 
+def text_gap(run: Path) -> str:
+    """What TensorBoard shows last of whether the captions are listened to."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    loss, shuffled, null = (events.Scalars(f"text_gap/{name}")[-1].value for name in ("loss", "shuffled", "null"))
+    return f"is the text listened to? v-loss of held-out pictures {loss:.3f}, with each other's captions {shuffled:+.3f}, with none {null:+.3f}"
+
+
 def judge_digits(judge: DigitJudge, title: str, pictures: list[Image.Image], pairs: list[Pair]) -> float:
     """Print the shares and the mistakes.  Returns: the share with both colour and digit right."""
     found = judge(pictures)
@@ -67,19 +77,21 @@ def judge_digits(judge: DigitJudge, title: str, pictures: list[Image.Image], pai
     return both
 
 
-def digits(out: Path, llm: str | None, epochs: int, text_norm: str) -> None:
+def digits(out: Path, llm: str | None, epochs: int) -> None:
     data, run, size = out / "data", out / "run", 32
     step("1,797 real handwritten digits in eight colours, with Japanese captions")
     call("-m", "datasets.demo", "digits", "--out", str(data), "--size", str(size))
     name = language_model(llm, data, out / "llm", steps=300)
-    common = ["--model", "JiT-Nano/8-Text", "--img_size", str(size), "--llm_model_name", name, "--text_norm", text_norm, "--device", "cpu"]
+    common = ["--model", "JiT-Nano/8-Text", "--img_size", str(size), "--llm_model_name", name, "--device", "cpu"]
     common += ["--output_dir", str(run), "--cfg", "2.5", "--num_sampling_steps", "20"]
     training = [*common, "--data_path", str(data), "--batch_size", str(64 // PROCESSES), "--lr", "1e-3", "--warmup_epochs", "0.25"]
-    training += ["--num_workers", "1", "--log_freq", "20", "--save_last_freq", "1", "--resume", str(run)]
+    training += ["--num_workers", "1", "--log_freq", "40", "--save_last_freq", "1", "--resume", str(run)]
     step(f"training, epochs 1 to {epochs // 2}")
     torchrun(PROCESSES, *training, "--epochs", str(epochs // 2))
     step(f"training goes on where it stopped, to epoch {epochs}, its learning rate falling to 0")
     torchrun(PROCESSES, *training, "--epochs", str(epochs), "--lr_schedule", "cosine")
+
+    print(text_gap(run))
 
     step("pictures of pairs seen in training and of pairs never seen")
     seen = [(colour, digit) for digit in range(10) for colour in COLOURS if (colour, digit) not in HELD_OUT]
@@ -110,7 +122,7 @@ def emoji(out: Path, llm: str | None, epochs: int | None) -> None:
     call("-m", "datasets.demo", "emoji" if gpu else "emoji64", "--out", str(data), "--size", str(size))
     name = language_model(llm, data, out / "llm", steps=300)
     common = ["--model", "JiT-S/8-Text" if gpu else "JiT-Nano/8-Text", "--img_size", str(size), "--llm_model_name", name]
-    common += ["--text_norm", "standardize", "--output_dir", str(run), "--cfg", "2.0", "--interval_min", "0.1", "--num_sampling_steps", "25"]
+    common += ["--output_dir", str(run), "--cfg", "2.0", "--interval_min", "0.1", "--num_sampling_steps", "25"]
     training = [*common, "--data_path", str(data), "--batch_size", str((256 if gpu else 64) // processes), "--lr", "5e-4" if gpu else "1e-3"]
     total = epochs or (3000 if gpu else 5000)
     training += ["--warmup_epochs", str(total // 50), "--lr_schedule", "cosine", "--epochs", str(total), "--save_last_freq", str(total // 10)]
@@ -137,14 +149,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder for everything (default: demo_output/WHAT)")
     parser.add_argument("--llm", default=None, help="a hub name or folder in place of the small model trained here")
     parser.add_argument("--epochs", type=int, default=None)
-    parser.add_argument("--text_norm", choices=("standardize", "none"), default="standardize", help="for digits: what standardized features are worth")
     args = parser.parse_args()
     out = args.out or Path("demo_output") / args.what
     for name in ("data", "llm", "run"):  # what an earlier demo left
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     if args.what == "digits":
-        digits(out, args.llm, args.epochs or 8, args.text_norm)
+        digits(out, args.llm, args.epochs or 8)
     else:
         emoji(out, args.llm, args.epochs)
 

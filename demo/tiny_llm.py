@@ -20,11 +20,12 @@ from datasets.text_image import TextImageFolder
 SPECIAL = ["<unk>", "<s>", "</s>", "<MASK|LLM-jp>", "<PAD|LLM-jp>", "<CLS|LLM-jp>", "<SEP|LLM-jp>", "<EOD|LLM-jp>"]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
-    """Unigram with byte fallback: no text, whatever its characters, meets <unk>."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000, longest: int = 16) -> PreTrainedTokenizerFast:
+    """Unigram with byte fallback, pieces of up to `longest` characters: no text, whatever its characters, meets <unk>."""
     trained = Tokenizer(models.Unigram())
     trained.normalizer = normalizers.NFKC()
-    trained.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False))
+    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, unk_token="<unk>", max_piece_length=longest, show_progress=False)
+    trained.train_from_iterator(texts, trainer)
     pieces = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
     lowest = min(score for _, score in pieces) - 1
     byte_pieces = [(f"<0x{byte:02X}>", lowest) for byte in range(256)]

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import cache_text
 import main_jit
 from main_jit import check_args, get_parser
 from util.errors import UserError
@@ -33,7 +34,7 @@ def test_defaults():
         "t_eps": 0.05, "label_drop_prob": 0.1, "grad_clip": None, "seed": 0, "start_epoch": None, "num_workers": 12, "pin_mem": True,
         "sampling_method": "heun", "num_sampling_steps": 50, "cfg": 1, "interval_min": 0, "interval_max": 1, "num_images": 50000, "eval_freq": 40,
         "online_eval": False, "evaluate_gen": False, "generate": False, "gen_bsz": 256, "class_num": 1000, "save_last_freq": 5, "log_freq": 100,
-        "device": "auto", "llm_dtype": "auto", "text_cache": "disk", "text_cache_dir": None, "held_out": 64,
+        "device": "auto", "llm_layer": "mean", "llm_dtype": "auto", "text_norm": "standardize", "text_cache": "disk", "text_cache_dir": None, "held_out": 64,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in wanted} == wanted
     assert not checked("--no_pin_mem").pin_mem
@@ -53,8 +54,8 @@ def test_defaults():
         (["--P_mean", "nan"], "--P_mean nan must be a finite number"),
         (["--cfg", "inf"], "--cfg inf"),
         (["--generate", "--online_eval", "--resume", "x"], "three runs"),
-        (["--text_norm", "standardize"], "no effect on the class model"),
-        (["--llm_layer", "-2"], "no effect on the class model"),
+        (["--text_norm", "none"], "no effect on the class model"),
+        (["--llm_layer", "-2"], "--llm_layer has no effect on the class model"),
         (["--held_out", "9"], "no effect on the class model"),
         ([*TEXT, "--text_cache", "memory", "--text_cache_dir", "x"], "no effect with --text_cache memory"),
         ([*TEXT, "--held_out", "-1"], "--held_out -1 must not be negative"),
@@ -139,6 +140,10 @@ def test_every_command_in_the_readme_parses(name):
     assert len(runs) >= 6
     for line in runs:
         checked(*shlex.split(line)) if line != "--help" else None
+    builds = [line.split("cache_text.py ", 1)[1] for line in found if "cache_text.py " in line]
+    assert builds
+    for line in builds:
+        check_args(cache_text.get_parser().parse_args(shlex.split(line)))
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     for line in found:
         if line.startswith("make "):

@@ -60,7 +60,7 @@ def moved(state):
 
 @pytest.mark.parametrize("extra", [[], ["--proj_dropout", "0.3", "--attn_dropout", "0.2"], ["--precision", "bf16"]])
 def test_n_and_n_resumed_epochs_equal_2n(text_data, llm_folder, tmp_path, extra):
-    common = ["--batch_size", 4, "--text_norm", "standardize", *extra]
+    common = ["--batch_size", 4, *extra]
     run(*flags(text_data, llm_folder(), tmp_path / "whole", *common, "--epochs", 4))
     for epochs in (2, 4):
         run(*flags(text_data, llm_folder(), tmp_path / "parts", *common, "--epochs", epochs, "--resume", tmp_path / "parts"))
@@ -131,7 +131,7 @@ def test_a_trained_model_recalls_the_picture_of_each_caption(tmp_path, llm_folde
     for i, (caption, colour) in enumerate(colours.items()):
         Image.new("RGB", (16, 16), colour).save(data / "images" / f"{i}.png")
         (data / "captions" / f"{i}.txt").write_text(caption, encoding="utf-8")
-    argv = flags(data, llm_folder(), out, "--text_norm", "standardize", "--batch_size", 32, "--epochs", 150, "--save_last_freq", 150)
+    argv = flags(data, llm_folder(), out, "--batch_size", 32, "--epochs", 150, "--save_last_freq", 150)
     run(*argv)
     prompts = [part for caption in colours for part in ("--prompt", caption)]
     run(*argv, "--generate", "--resume", str(out), *prompts)
@@ -236,7 +236,8 @@ def test_a_checkpoint_of_another_setting_is_refused_in_one_line(text_data, llm_f
         (["--img_size", "32"], "--img_size"),
         (["--noise_scale", "2"], "--noise_scale"),
         (["--max_text_len", "33"], "--max_text_len"),
-        (["--text_norm", "standardize"], "--text_norm"),
+        (["--text_norm", "none"], "--text_norm"),
+        (["--llm_layer", "last"], "--llm_layer"),
         (["--llm_model_name", str(llm_folder("bert"))], "--llm_model_name"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -315,7 +316,7 @@ def test_measuring_the_text_gap_changes_nothing(text_data, llm_folder, tmp_path,
 
 
 def test_wherever_the_features_come_from_the_training_is_the_same(text_data, llm_folder, tmp_path):
-    common = ["--batch_size", 4, "--epochs", 2, "--llm_layer", "mean", "--text_norm", "standardize"]
+    common = ["--batch_size", 4, "--epochs", 2]
     for cache in ("disk", "memory", "off"):
         run(*flags(text_data, llm_folder(), tmp_path / cache, *common, "--text_cache", cache))
     run(*flags(text_data, llm_folder(), tmp_path / "workers", *common, "--num_workers", 1))
