@@ -129,35 +129,40 @@ class TextGap:
     """Is the text listened to?  The v-loss of one fixed batch under its own captions, under each other's, and under the null.
 
     A network that ignores its captions has the same loss under all three. The times are the quantiles of the training's.
-    Each rank holds its share of the samples, measured `batch_size` at a time.
+    Each rank holds its share of the `size` samples, measured `batch_size` at a time.
     """
 
-    def __init__(self, dataset, pictures: Sequence[int], conditions: Conditions, diffusion: DiffusionConfig, seed: int, batch_size: int, device: torch.device):
-        self.size = max(64, dist.world_size())
+    def __init__(
+        self, dataset, pictures: Sequence[int], size: int, conditions: Conditions, diffusion: DiffusionConfig, seed: int, batch_size: int, device: torch.device
+    ):
+        self.size = max(size, dist.world_size())
         found = [dataset.readable(pictures[i % len(pictures)])[:2] for i in range(self.size)]
         lines = torch.tensor([dataset.condition(index, i) for i, (_, index) in enumerate(found)])
         shift = min(range(1, self.size), key=lambda k: int((lines == lines.roll(k)).sum()))  # as few as can be keep their caption
+        times = sample_time(torch.special.ndtri((torch.arange(self.size) + 0.5) / self.size), diffusion)
         mine = slice(dist.rank(), None, dist.world_size())
-        x = to_model_range(torch.stack([picture for picture, _ in found[mine]]))
-        eps = diffusion.noise_scale * normal(seed, "gap", range(self.size)[mine], x.shape[1:])
-        t = sample_time(torch.special.ndtri((torch.arange(self.size) + 0.5) / self.size), diffusion)[mine]
-        y = [conditions(lines[mine]), conditions(lines.roll(shift)[mine]), conditions.null.expand(len(x), *conditions.null.shape[1:])]
-        self.x, self.eps, self.t, *self.y = (tensor.to(device) for tensor in (x, eps, t, *y))
-        self.t_eps, self.batch_size = diffusion.t_eps, batch_size
+        self.numbers = range(self.size)[mine]
+        self.pictures = torch.stack([picture for picture, _ in found[mine]]).to(device)
+        self.t = times[mine].to(device)
+        null = conditions.null.expand(len(self.numbers), *conditions.null.shape[1:])
+        self.y = [y.to(device) for y in (conditions(lines[mine]), conditions(lines.roll(shift)[mine]), null)]
+        self.diffusion, self.seed, self.batch_size = diffusion, seed, batch_size
 
     @torch.no_grad()
     def measure(self, net: nn.Module, bf16: bool) -> dict[str, Tensor]:
         """Loss under the own captions, and what it grows by under the others' and under the null.  Collective."""
         net.eval()
-        call = in_precision(net, self.x.device, bf16)
-        sums = torch.stack([self._sum(call, y) for y in self.y])
+        call = in_precision(net, self.t.device, bf16)
+        sums = torch.zeros(3, device=self.t.device)
+        for start in range(0, len(self.numbers), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            x = to_model_range(self.pictures[part])
+            eps = self.diffusion.noise_scale * normal(self.seed, "gap", self.numbers[part], x.shape[1:], x.device)
+            losses = [denoising_loss(call, x, eps, self.t[part], y[part], self.diffusion.t_eps) for y in self.y]
+            sums += len(x) * torch.stack(losses)
         net.train()
         own, shuffled, null = dist.sum_over_ranks(sums) / self.size
         return {"text_gap/loss": own, "text_gap/shuffled": shuffled - own, "text_gap/null": null - own}
-
-    def _sum(self, call: Net, y: Tensor) -> Tensor:
-        parts = zip(*(tensor.split(self.batch_size) for tensor in (self.x, self.eps, self.t, y)))
-        return torch.stack([len(x) * denoising_loss(call, x, eps, t, y, self.t_eps) for x, eps, t, y in parts]).sum()
 
 
 class Report:

@@ -458,6 +458,14 @@ def write_broken(run: Run) -> None:
     engine.note_broken(run.state, broken, len(run.dataset), "skip")
 
 
+def make_text_gap(run: Run, pictures: Tensor) -> engine.TextGap:
+    """On as many pictures as a step takes, between 16 and 64: measuring costs about a step."""
+    args, size = run.args, min(64, max(16, run.args.batch_size * dist.world_size()))
+    return engine.TextGap(
+        run.dataset, pictures[:size].tolist(), size, run.conditioning.conditions, run.painter.diffusion, args.seed, args.batch_size, run.device
+    )
+
+
 def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list, pictures: Tensor, held_out: Tensor) -> None:
     """`pictures` are trained on; the text's effect is measured on those held out, if any."""
     args, state, device, conditions, diffusion = run.args, run.state, run.device, run.conditioning.conditions, run.painter.diffusion
@@ -475,8 +483,7 @@ def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list,
     board = Board(run.output_dir, state.step)
     bar = progress(args.epochs * config.steps_per_epoch, "training", initial=first_epoch * config.steps_per_epoch)
     report = engine.Report(bar, board, effective_batch(args))
-    shown = (held_out if len(held_out) else pictures).tolist()[:64]
-    gap = engine.TextGap(run.dataset, shown, conditions, diffusion, args.seed, args.batch_size, device) if args.is_text else None
+    gap = make_text_gap(run, held_out if len(held_out) else pictures) if args.is_text else None
     for epoch in range(first_epoch, args.epochs):
         last = epoch == args.epochs - 1
         saves_last = last or (epoch + 1) % args.save_last_freq == 0

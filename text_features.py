@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -113,18 +112,24 @@ class Texts(Sequence):
         return disk.keys_of(map(normalize, self))
 
 
-def encode_shares(encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray, chosen: np.ndarray, done: Callable = lambda part: False) -> Iterator:
-    """This rank's share of texts[chosen] in parts of a shard each: (keys, arrays).  `done(keys)` parts are left out.
+def encode_shares(
+    encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray, chosen: np.ndarray, done: Callable[[np.ndarray], bool] | None = None
+) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+    """This rank's share of texts[chosen] in parts of a shard each: (keys, arrays).
 
-    Every job takes its parts in an order of its own, so that several jobs on one store share the work.
+    With `done`, asked by a part's keys, parts that are done are left out, and after its own share a rank helps the others with theirs.
+    Every rank of every job takes its parts in an order of its own, so that several jobs on one store share the work too.
     """
-    parts = [chosen[start : start + disk.SHARD_ROWS] for start in range(0, len(chosen), disk.SHARD_ROWS)][dist.rank() :: dist.world_size()]
-    random.SystemRandom().shuffle(parts)
-    with progress(sum(map(len, parts)), "captions", unit="caption") as bar:
-        for part in parts:
-            if not done(keys[part]):
+    parts = [chosen[start : start + disk.SHARD_ROWS] for start in range(0, len(chosen), disk.SHARD_ROWS)]
+    own = parts[dist.rank() :: dist.world_size()]
+    others = [part for i, part in enumerate(parts) if i % dist.world_size() != dist.rank()] if done else []
+    for share in (own, others):
+        random.SystemRandom().shuffle(share)
+    with progress(sum(map(len, own)), "captions", unit="caption") as bar:
+        for i, part in enumerate(own + others):
+            if not (done and done(keys[part])):
                 yield keys[part], {"keys": disk.key_array(keys[part]), **encoder.encode_all([texts[i] for i in part])}
-            bar.update(len(part))
+            bar.update(len(part) if i < len(own) else 0)
 
 
 def in_memory(encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray) -> FeatureRows:
@@ -182,18 +187,36 @@ def describe(config: TextConfig) -> dict[str, Any]:
     return LanguageModel(config).describe()
 
 
-class Model:
-    """The LLM of a run: its description at once, on all ranks alike, the model itself where features are missing.  Collective to make.
+def in_child(function: Callable[[Any], Any], argument: Any) -> Any:
+    """function(argument), worked out in a forked process that ends with it, so that what it imports takes no memory here."""
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
 
-    A short-lived process makes the description, so that where nothing is missing transformers and the tokenizer take no memory.
-    """
+    def work() -> None:
+        try:
+            sender.send(function(argument))
+        except UserError as error:
+            sender.send(error)
+
+    process = context.Process(target=work, daemon=True)
+    process.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:  # it died of something else, which will show here
+        answer = function(argument)
+    process.join()
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+class Model:
+    """The LLM of a run: its description at once, on all ranks alike, the model itself where features are missing.  Collective to make."""
 
     def __init__(self, config: TextConfig, saved: Mapping[str, Any], manifest: Mapping[str, Any], device: torch.device):
-        self.config, self.device, description = settle(config, saved, manifest, device), device, None
-        if dist.is_main():
-            with ProcessPoolExecutor(1, get_context("fork")) as child:
-                description = child.submit(describe, self.config).result()
-        self.description = dist.from_main(description)
+        self.config, self.device = settle(config, saved, manifest, device), device
+        self.description = dist.from_main(in_child(describe, self.config) if dist.is_main() else None)
         check_saved(saved, self.description)
 
     def load(self) -> TextEncoder:

@@ -150,7 +150,11 @@ def bench_step(args: argparse.Namespace, llm: Path, device: torch.device) -> Non
     for name, cache in (("store on disk", "disk"), ("features in memory", "memory"), ("LLM in the loop", "off")):
         found = conditioning(cache, llm, text, args.out, device)
         variants[name] = Training(text, found.conditions, f"{args.model}-Text", found.width, args, device)
-    seconds = medians({name: variant.step for name, variant in variants.items()}, args.rounds, device)
+    actions = {name: variant.step for name, variant in variants.items()}
+    disk = variants["store on disk"]
+    gap = engine.TextGap(text, range(len(text)), max(16, min(64, args.batch_size)), disk.conditions, DiffusionConfig(), 0, args.batch_size, device)
+    actions["(the text gap, once every --log_freq steps)"] = lambda: gap.measure(disk.net, disk.config.bf16)
+    seconds = medians(actions, args.rounds, device)
     print(f"\ntraining step, {args.model} at {args.img_size} pixels, batch {args.batch_size}, llm-jp-3-{args.llm} shape, {args.rounds} rounds in turn\n")
     print("| conditions | median ms | against class labels, round by round |\n|---|---|---|")
     for name, values in seconds.items():

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import random
 import resource
 import signal
 import subprocess
@@ -41,8 +42,8 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def in_child(action) -> int:
-    """Run `action` in a forked process.  Returns: its exit code, or minus the signal that killed it."""
+def child(action) -> int:
+    """Run `action` in a forked process.  Returns: its number."""
     if (pid := os.fork()) == 0:
         code = 70
         try:
@@ -54,8 +55,12 @@ def in_child(action) -> int:
             code = 1
         finally:
             os._exit(code)
-    status = os.waitpid(pid, 0)[1]
-    return os.waitstatus_to_exitcode(status)
+    return pid
+
+
+def ended(pid: int) -> int:
+    """Exit code of a child, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_disk_memory_and_the_live_encoder_give_the_same_features(llm_folder, tmp_path):
@@ -171,7 +176,7 @@ def test_killed_at_any_moment_and_started_again_the_bytes_are_the_same(moment, s
         setattr(os, name, deadly)
         prepare(parts, llm_folder())
 
-    assert in_child(killed) == -signal.SIGKILL
+    assert ended(child(killed)) == -signal.SIGKILL
     left = contents(parts)
     shards = {name: content for name, content in left.items() if name.endswith(".safetensors")}
     assert len(shards) < 5 and shards.items() <= contents(whole).items()  # what is there is whole
@@ -180,14 +185,24 @@ def test_killed_at_any_moment_and_started_again_the_bytes_are_the_same(moment, s
     assert contents(parts) == contents(whole)
 
 
+def test_killed_again_and_again_at_random_moments_it_comes_to_the_same_end(llm_folder, tmp_path, monkeypatch):
+    whole, parts, kills = tmp_path / "whole", tmp_path / "parts", 0
+    start = time.perf_counter()
+    prepare(whole, llm_folder())
+    patience = time.perf_counter() - start
+    for _ in range(8):
+        pid = child(lambda: prepare(parts, llm_folder()))
+        time.sleep(random.random() * patience)
+        os.kill(pid, signal.SIGKILL)
+        kills += ended(pid) == -signal.SIGKILL
+    prepare(parts, llm_folder())
+    assert kills and {name: content for name, content in contents(parts).items() if not name.endswith(".tmp")} == contents(whole)
+
+
 def test_two_jobs_on_one_store_share_the_work_and_do_each_other_no_harm(llm_folder, tmp_path):
     prepare(tmp_path / "alone", llm_folder())
-    pids = []
-    for _ in range(3):
-        if (pid := os.fork()) == 0:
-            os._exit(in_child(lambda: prepare(tmp_path / "shared", llm_folder())))
-        pids.append(pid)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0, 0]
+    pids = [child(lambda: prepare(tmp_path / "shared", llm_folder())) for _ in range(3)]
+    assert [ended(pid) for pid in pids] == [0, 0, 0]
     assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
 
 
@@ -196,7 +211,7 @@ def test_a_disk_that_is_full_is_an_error_and_leaves_nothing_half_valid(llm_folde
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))  # the manifest fits, a shard does not
         prepare(tmp_path / "store", llm_folder())
 
-    assert in_child(on_a_small_disk) == 1
+    assert ended(child(on_a_small_disk)) == 1
     printed = capfd.readouterr().out
     assert "--text_cache_dir" in printed and "cannot be written to: File too large" in printed and "Make room, or name another folder" in printed
     assert [path.name for path in (tmp_path / "store").iterdir()] == [disk.MANIFEST]

@@ -284,7 +284,7 @@ flat_conditions.null = torch.zeros(1)
 
 def test_the_text_gap_in_closed_form():
     diffusion = DiffusionConfig(noise_scale=2.0)
-    gap = engine_jit.TextGap(FlatPictures(), range(4), flat_conditions, diffusion, seed=0, batch_size=5, device=torch.device("cpu"))
+    gap = engine_jit.TextGap(FlatPictures(), range(4), 64, flat_conditions, diffusion, seed=0, batch_size=5, device=torch.device("cpu"))
 
     class Draws(torch.nn.Module):  # exactly the picture that y tells of
         def forward(self, z_t, t, y):
