@@ -230,7 +230,7 @@ def fill_store(folder: Path, encoder: TextEncoder, description: Mapping[str, Any
         disk.remove_stale(folder)
         needed, free = len(missing) * (2 * encoder.width + 25), shutil.disk_usage(folder).free
         if needed > free:
-            sizes = f"the features of {len(missing)} captions take {needed / 1e9:.2f} GB at least, and {free / 1e9:.2f} GB are free"
+            sizes = f"the features of {len(missing)} captions take {needed / 1e6:.1f} MB at least, and {free / 1e6:.1f} MB are free"
             raise UserError(f"--text_cache_dir {folder}: {sizes}; make room, or name another folder")
         if disk.read_manifest(folder) is None:
             disk.write_manifest(folder, {**description, "stored": "float16", "width": encoder.width, "parameters": encoder.parameters})

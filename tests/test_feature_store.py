@@ -217,7 +217,7 @@ def test_a_disk_that_is_full_is_an_error_and_leaves_nothing_half_valid(llm_folde
     assert [path.name for path in (tmp_path / "store").iterdir()] == [disk.MANIFEST]
     prepare(tmp_path / "store", llm_folder())  # with room again
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match="features of 38 captions take 0.00 GB at least"):  # said before the first is encoded
+    with pytest.raises(UserError, match="features of 38 captions take 0.0 MB at least, and 0.0 MB are free"):  # said before the first is encoded
         prepare(tmp_path / "other", llm_folder())
 
 
