@@ -34,6 +34,7 @@ from demo.tiny_llm import train_tokenizer
 from denoiser import DiffusionConfig, SamplerConfig, sample
 from models_jit import build_model
 from text_encoder import LanguageModel, TextConfig
+from util import feature_store as disk
 from util.ema import Ema
 
 SHAPES = {  # the llm-jp-3 family: width, layers, heads, width of the MLP
@@ -151,9 +152,9 @@ def bench_step(args: argparse.Namespace, llm: Path, device: torch.device) -> Non
         found = conditioning(cache, llm, text, args.out, device)
         variants[name] = Training(text, found.conditions, f"{args.model}-Text", found.width, args, device)
     actions = {name: variant.step for name, variant in variants.items()}
-    disk = variants["store on disk"]
-    gap = engine.TextGap(text, range(len(text)), max(16, min(64, args.batch_size)), disk.conditions, DiffusionConfig(), 0, args.batch_size, device)
-    actions["(the text gap, once every --log_freq steps)"] = lambda: gap.measure(disk.net, disk.config.bf16)
+    stored = variants["store on disk"]
+    gap = engine.TextGap(text, range(len(text)), max(16, min(64, args.batch_size)), stored.conditions, DiffusionConfig(), 0, args.batch_size, device)
+    actions["(the text gap, once every --log_freq steps)"] = lambda: gap.measure(stored.net, stored.config.bf16)
     seconds = medians(actions, args.rounds, device)
     print(f"\ntraining step, {args.model} at {args.img_size} pixels, batch {args.batch_size}, llm-jp-3-{args.llm} shape, {args.rounds} rounds in turn\n")
     print("| conditions | median ms | against class labels, round by round |\n|---|---|---|")
@@ -250,6 +251,27 @@ def memory() -> str:
     return f"{status('self', 'RssAnon'):.0f} MB of its own, {status('self', 'RssFile'):.0f} MB of mapped files"
 
 
+def time_look_ups(look_up: Callable[[Tensor], Tensor], count: int) -> float:
+    """Seconds for a million random rows of `count`, in batches of 128."""
+    rows = torch.randint(0, count, (1_000_000,), generator=torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    for batch in rows.split(128):
+        look_up(batch)
+    return time.perf_counter() - start
+
+
+def wide_store(folder: Path, shards: int = 128, width: int = 3072) -> disk.FeatureStore:
+    """Random features as wide as llm-jp-3-3.7b's, 0.8 GB."""
+    folder.mkdir(exist_ok=True)
+    disk.write_manifest(folder, {})
+    rows = {"lengths": torch.zeros(disk.SHARD_ROWS), "unknown": torch.zeros(disk.SHARD_ROWS)}
+    for i in range(shards):
+        keys = disk.keys_of(f"{i} {row}" for row in range(disk.SHARD_ROWS))
+        features = torch.randn(disk.SHARD_ROWS, width).half()
+        disk.write_shard(folder / disk.shard_name(keys), {}, {"keys": disk.key_array(keys), "features": features, **rows})
+    return disk.FeatureStore(folder, disk.shard_names(folder))
+
+
 def bench_million(args: argparse.Namespace, device: torch.device) -> None:
     llm = make_llm(args.out / "llm-tiny", "tiny", torch.device("cpu"))
     count, store = 1_000_000, args.out / "million"
@@ -262,17 +284,17 @@ def bench_million(args: argparse.Namespace, device: torch.device) -> None:
     found = text_features.prepare(TextConfig(str(llm), dtype="fp32"), "disk", store, captions, np.arange(count), [], "standardize", {}, torch.device("cpu"))
     print(f"complete store opened, its captions found, their mean and variance taken: {time.perf_counter() - start:.1f} s")
     del captions
+    store = wide_store(args.out / "wide")
     sys.stdout.flush()
     if os.fork():
         os.wait()
         return
+    torch.set_num_threads(1)  # as in a loader's process
     print(f"a loader process before it reads: {memory()}")
-    lines = torch.randint(0, count, (count,), generator=torch.Generator().manual_seed(0))
-    start = time.perf_counter()
-    for batch in lines.split(128):
-        found.conditions(batch)
-    print(f"a million random look-ups in batches of 128: {time.perf_counter() - start:.2f} s")
+    print(f"a million random look-ups in batches of 128: {time_look_ups(found.conditions, count):.2f} s")
     print(f"a loader process after it has read all: {memory()}")
+    seconds = time_look_ups(lambda batch: store(batch.numpy()), len(store))
+    print(f"the same of {len(store)} captions with features {store.width} wide: {seconds:.2f} s")
     sys.stdout.flush()
     os._exit(0)
 
