@@ -50,7 +50,9 @@ def shard_name(keys: np.ndarray) -> str:
     return f"{hashlib.blake2b(keys.tobytes(), digest_size=12).hexdigest()}.safetensors"
 
 
-def settings_digest(settings: Mapping[str, Any]) -> str:
+def settings_digest(manifest: Mapping[str, Any]) -> str:
+    """Of all but the model's name: its revision says what it is, and a folder may have several."""
+    settings = {field: value for field, value in manifest.items() if field != "llm"}
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
