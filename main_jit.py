@@ -30,7 +30,8 @@ from text_features import Conditioning
 from util import checkpoint, metrics
 from util import distributed as dist
 from util.ema import Ema
-from util.errors import UserError, leave, writable_folder
+from util.errors import UserError, leave
+from util.files import writable_folder
 from util.logging import Board, progress, say
 from util.randomness import derive
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from text_encoder import LanguageModel, TextConfig, TextEncoder, normalize
 from util import distributed as dist
 from util import feature_store as disk
-from util.errors import UserError, writable_folder
+from util.errors import UserError
 from util.feature_store import FeatureRows, FeatureStore
+from util.files import writable_folder
 from util.logging import progress, say
 
 SAMPLE = 4096  # captions that --text_cache off measures lengths and statistics on

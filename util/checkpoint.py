@@ -6,7 +6,6 @@ open the same way.
 """
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import UserError
+from util.files import write_whole
 
 LAST = "checkpoint-last.pth"
 PREFIX = "net."
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write beside, sync, rename: `path` holds the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    write_whole(path, lambda file: torch.save(dict(state), file))
 
 
 def find(resume: str, output_dir: str) -> Path | None:

@@ -2,9 +2,7 @@
 
 import os
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import NoReturn
 
 
@@ -21,14 +19,3 @@ def leave(message: str, code: int) -> NoReturn:
     if "WORLD_SIZE" in os.environ:
         os._exit(code)
     sys.exit(code)
-
-
-def writable_folder(path: str | Path, flag: str) -> Path:
-    """The folder, made if need be.  Raises: UserError where nothing can be written in it."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written to: {error.strerror}") from error
-    return path

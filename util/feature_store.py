@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from util.errors import UserError
+from util.files import write_whole
 
 MANIFEST = "manifest.json"
 SHARD_ROWS = 1024
@@ -56,20 +57,11 @@ def settings_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Beside, synced, renamed.  Raises: UserError where it cannot be written, with nothing left behind."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+def write_beside(path: Path, content: bytes) -> None:
+    """Raises: UserError where it cannot be written, with nothing left behind."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        write_whole(path, lambda file: file.write(content), mark=f".{os.uname().nodename}.{os.getpid()}")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"--text_cache_dir {path.parent} cannot be written to: {error.strerror}; what was stored before is whole. Make room, or name another folder"
         ) from error
@@ -114,7 +106,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[st
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_whole(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    write_beside(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def key_array(keys: np.ndarray) -> Tensor:
@@ -124,7 +116,7 @@ def key_array(keys: np.ndarray) -> Tensor:
 
 def write_shard(path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> None:
     """arrays: `keys`, and what TextEncoder.encode_all returns of their captions."""
-    write_whole(path, save(dict(arrays), {"settings": settings_digest(manifest)}))
+    write_beside(path, save(dict(arrays), {"settings": settings_digest(manifest)}))
 
 
 class FeatureRows:

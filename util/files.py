@@ -1,0 +1,40 @@
+"""Files that are whole or not there, and folders that can be written to."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from util.errors import UserError
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any], mark: str = "") -> None:
+    """`write` beside, sync, rename: `path` holds the old file or the new one, never half of one.
+
+    `mark` tells the half-written files of several jobs apart.  Raises: OSError, with nothing left behind.
+    """
+    temporary = path.with_name(f".{path.name}{mark}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def writable_folder(path: str | Path, flag: str) -> Path:
+    """The folder, made if need be.  Raises: UserError where nothing can be written in it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written to: {error.strerror}") from error
+    return path
