@@ -125,8 +125,9 @@ def test_every_field_of_the_manifest_protects(llm_folder, tmp_path):
             prepare(tmp_path, llm_folder(), **({"dtype": "fp32"} if field == "dtype" else {}))
         message = str(error.value)
         assert f"made with {field} {other!r}" in message and repr(manifest[field]) in message and "\n" not in message
-        assert "or name another folder (delete this one to encode" in message and str(tmp_path) in message
-        assert field not in disk.REMEDIES or f"give {disk.REMEDIES[field]} {other}" in message
+        assert "name another folder (delete this one to encode" in message and str(tmp_path) in message
+        flag = {"max_text_len": "--max_text_len 39", "layer": f"--llm_layer {other}", "dtype": "--llm_dtype bf16"}.get(field)
+        assert (f"give {flag}, or name" in message) if flag else "give" not in message
     path.write_text(json.dumps(manifest | {"llm": "its folder had another name"}))
     prepare(tmp_path, llm_folder())
     path.write_text(json.dumps(manifest | {"width": 33}))

@@ -27,13 +27,7 @@ from util.files import write_whole
 MANIFEST = "manifest.json"
 SHARD_ROWS = 1024
 STALE = 600  # seconds after which a half-written file is a dead job's: a shard takes less than one to write
-REMEDIES = {
-    "llm": "--llm_model_name",
-    "max_text_len": "--max_text_len",
-    "layer": "--llm_layer",
-    "dtype": "--llm_dtype",
-    "pooling": "--text_pooling of cache_text.py",
-}
+FLAGS = {"llm": "--llm_model_name", "max_text_len": "--max_text_len", "layer": "--llm_layer", "dtype": "--llm_dtype"}
 
 
 def keys_of(texts: Iterable[str]) -> np.ndarray:
@@ -97,11 +91,10 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[st
         found = manifest.get(field)
         if found == value or (field == "llm" and moved):
             continue
-        flag = REMEDIES.get(field)
-        remedy = f"give {flag} {found}" if flag else f"go back to the {field} it was made with"
+        remedy = f"give {FLAGS[field]} {found}, or name" if field in FLAGS else "name"
         raise UserError(
             f"--text_cache_dir {folder}: its features were made with {field} {found!r}, this run's would be with {value!r}; "
-            f"{remedy}, or name another folder (delete this one to encode its captions anew)"
+            f"{remedy} another folder (delete this one to encode its captions anew)"
         )
 
 
