@@ -67,7 +67,9 @@ class StoredText:
         self.features, self.rows, self.null, self.norm = features, rows, null, norm
 
     def __call__(self, lines: Tensor) -> Tensor:
-        return self.norm(self.features(self.rows[lines.numpy()]))
+        rows = self.rows[lines.numpy()]
+        assert (rows >= 0).all(), "a caption that this run was not prepared for"
+        return self.norm(self.features(rows))
 
 
 class LiveText:

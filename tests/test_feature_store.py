@@ -79,6 +79,13 @@ def test_disk_memory_and_the_live_encoder_give_the_same_features(llm_folder, tmp
     assert found["disk"].frozen == found["off"].frozen == encoder.parameters and found["disk"].width == 32
 
 
+def test_captions_that_were_not_prepared_are_never_taken_for_others(llm_folder, tmp_path):
+    conditions = prepare(tmp_path, llm_folder(), lines=np.array([1, 3])).conditions
+    assert torch.equal(conditions(torch.tensor([3, 1]))[1], prepare(tmp_path, llm_folder()).conditions(torch.tensor([1]))[0])
+    with pytest.raises(AssertionError, match="not prepared"):
+        conditions(torch.tensor([1, 2]))
+
+
 def test_each_distinct_caption_is_encoded_once_and_added_ones_alone(llm_folder, tmp_path, monkeypatch):
     seen = []
     encode_all = TextEncoder.encode_all
