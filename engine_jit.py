@@ -1,8 +1,9 @@
-"""One epoch of training, one evaluation, one round of prompts."""
+"""One epoch of training, one round of prompts."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -11,15 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from denoiser import DiffusionConfig, Net, SamplerConfig, denoising_loss, sample, sample_time
 from util import distributed as dist
-from util import metrics
 from util.ema import Ema
 from util.errors import UserError
-from util.logging import Board, progress, say
+from util.logging import Board, progress
 from util.lr_sched import lr_at
 from util.randomness import derive, normal, uniform
 from util.sheet import captioned_sheet, save_sheet
@@ -86,6 +86,14 @@ class TrainState:
     emas: list[Ema]
     step: int = 0  # optimizer steps done
     broken: set[str] = field(default_factory=set)  # picture files met that cannot be read
+
+
+@contextmanager
+def drawing_with(state: TrainState, weights: str) -> Iterator[None]:
+    """Inside, the network is in evaluation mode and computes with an average, "1" or "2", or with its own weights, "raw"."""
+    state.net.eval()
+    with nullcontext() if weights == "raw" else state.emas[int(weights) - 1].applied(state.net):
+        yield
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -338,81 +346,3 @@ def prompt_grid(painter: Painter, y: Tensor, prompts: Sequence) -> np.ndarray:
     numbers = dist.gather_rows(torch.tensor([i for part, _ in drawn for i in part], dtype=torch.long))
     pictures = dist.gather_rows(torch.cat([empty, *(part for _, part in drawn)]))[numbers.argsort()]
     return np.asarray(captioned_sheet([to_image(p) for p in pictures], [str(prompt) for prompt in prompts], columns=5)[0])
-
-
-class _ReferenceView(Dataset):
-    """Every picture of a data set as training crops it, unflipped; None where it cannot be read."""
-
-    def __init__(self, dataset, numbers: range):
-        self.dataset, self.numbers = dataset, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, i: int) -> Tensor | None:
-        try:
-            return self.dataset.picture(self.numbers[i])
-        except Exception:  # counted and named by training, which reads the same files
-            return None
-
-
-def _stack_readable(rows: list[Tensor | None]) -> Tensor:
-    """One tensor a batch: a list of them would take a file descriptor for each picture on its way from the worker."""
-    rows = [row for row in rows if row is not None]
-    return torch.stack(rows) if rows else torch.empty(0)
-
-
-def reference_statistics(dataset, extractor: metrics.Extractor, path: Path, batch_size: int, num_workers: int) -> metrics.Statistics:
-    """FID's reference: all pictures under the training transform, made once and kept at `path`.  Collective.
-
-    A file that does not say from how many pictures it was made is somebody else's, and taken as it is.
-    """
-    count = dist.from_main(metrics.statistics_count(path))
-    if count in (0, len(dataset)):
-        say(f"reference statistics: {path}" + ("" if count else ", which does not say of how many pictures"))
-        return dist.from_main(metrics.load_statistics(path) if dist.is_main() else None)
-    say(f"reference statistics of {len(dataset)} pictures, made once, kept in {path}")
-    view = _ReferenceView(dataset, range(dist.rank(), len(dataset), dist.world_size()))
-    moments = metrics.Moments()
-    loader = DataLoader(view, batch_size, num_workers=num_workers, collate_fn=_stack_readable)
-    with progress(len(view), "reference", unit="picture") as bar:
-        for rows in loader:
-            if len(rows):
-                moments.add(extractor(rows)[0])
-            bar.update(len(rows))
-    values = moments.statistics()
-    if dist.is_main():
-        metrics.save_statistics(path, values, len(dataset))
-    dist.barrier()
-    return values
-
-
-def evaluate(
-    painter: Painter,
-    y_of: Callable[[Sequence[int]], Tensor],
-    num_images: int,
-    extractor: metrics.Extractor | None,
-    reference: metrics.Statistics | None,
-    folder: Path | None = None,
-) -> dict[str, float]:
-    """Draw `num_images` pictures over all ranks and compare them with the reference.  Collective.
-
-    Args: y_of: numbers of pictures -> conditions; folder: where to keep the pictures as PNG, if at all.
-    Returns: {"fid", "is"}, or {} where there is no extractor.
-    """
-    moments, logits, order = metrics.Moments(), [], []
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    for numbers, pictures in painter.draw(y_of, num_images, "evaluation"):
-        if folder:
-            save_pictures(folder, numbers, pictures, digits=6)
-        if extractor:
-            features, scores = extractor(pictures)
-            moments.add(features)
-            logits.append(scores)
-            order += numbers
-    dist.barrier()
-    if not extractor:
-        return {}
-    in_order = dist.gather_rows(torch.cat(logits))[dist.gather_rows(torch.tensor(order)).argsort()]
-    return {"fid": metrics.frechet_distance(moments.statistics(), reference), "is": metrics.inception_score(in_order)}

@@ -7,7 +7,7 @@ import argparse
 import difflib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,26 +19,63 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import engine_jit as engine
+import evaluation
 import text_features
 from datasets.imagenet import ClassFolder
-from datasets.stream import Collate, PictureDataset, StreamSampler, hold_out
-from datasets.text_image import TextImageFolder
+from datasets.stream import Collate, PackedStrings, PictureDataset, StreamSampler, hold_out
+from datasets.text_image import TextImageFolder, files_below, read_captions
 from denoiser import DiffusionConfig, SamplerConfig
+from evaluation import Subjects
 from models_jit import JiT, build_model, parse_model_name
 from text_encoder import DTYPES, LAYERS, TextConfig
 from text_features import Conditioning
-from util import checkpoint, metrics
+from util import checkpoint, extractors, reference
 from util import distributed as dist
 from util.ema import Ema
 from util.errors import UserError, leave
 from util.files import writable_folder
 from util.logging import Board, progress, say
 from util.randomness import derive
+from util.reference import Reference
 
 LOW_LR = 2e-5  # below this a run of the recipe's length hardly learns: PixelGen and JiT train at 2e-4
 
 
 TEXT_FLAGS = ("llm_model_name", "max_text_len", "llm_layer", "llm_dtype", "text_norm", "text_cache", "text_cache_dir", "held_out", "missing_captions")
+TEXT_FLAGS += ("eval_captions", "clip_model")
+
+
+# No effect on a run that evaluates nothing.
+EVALUATION_FLAGS = (
+    "save_images", "fid_stats", "inception_weights", "eval_captions", "clip_model", "precision_recall", "vgg16_weights", "fd_dinov2",
+)  # fmt: skip
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """'2.9', '1,2.5' or '1.0:4.0:0.1', whose end belongs to it."""
+    try:
+        if ":" in text:
+            first, last, step = map(float, text.split(":"))
+            return tuple(round(first + i * step, 10) for i in range(math.floor((last - first) / step + 1e-6) + 1))
+        return tuple(map(float, text.split(",")))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text}: wanted a number, a list like 1,2.5, or a range like 1.0:4.0:0.1") from None
+
+
+def intervals(text: str) -> tuple[tuple[float, float], ...]:
+    """'0-1,0.1-1'."""
+    try:
+        pairs = [part.split("-") for part in text.split(",")]
+        return tuple((float(low), float(high)) for low, high in pairs)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: wanted ranges of t like 0-1,0.1-1") from None
+
+
+def weight_names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= {"1", "2", "raw"}:
+        raise argparse.ArgumentTypeError(f"{text}: wanted 1, 2, raw, or several like 1,2,raw")
+    return names
 
 
 class Parser(argparse.ArgumentParser):
@@ -158,14 +195,34 @@ def get_parser() -> Parser:
     group = parser.add_argument_group("sampling and evaluation")
     group.add_argument("--sampling_method", choices=("heun", "euler"), default="heun", help="solver; the last step is Euler's either way")
     group.add_argument("--num_sampling_steps", type=int, default=50, help="steps of the solver from noise to picture")
-    group.add_argument("--cfg", type=float, default=1.0, help="scale of classifier-free guidance; 1 is none")
+    group.add_argument("--cfg", type=numbers, default="1.0", help="scale of classifier-free guidance; 1 is none; for --sweep several: 1.5,2,3 or 1.0:4.0:0.1")
     group.add_argument("--interval_min", type=float, default=0.0, help="guidance acts where interval_min < t < interval_max")
     group.add_argument("--interval_max", type=float, default=1.0, help="see --interval_min")
     group.add_argument("--num_images", type=int, default=50000, help="pictures of an evaluation")
     group.add_argument("--gen_bsz", type=int, default=256, help="pictures drawn at a time per process")
+    group.add_argument("--eval_ema", type=weight_names, default="1", help="weights that draw: the averages 1 and 2, or raw; for --sweep several: 1,2,raw")
     group.add_argument("--eval_freq", type=int, default=40, help="epochs between evaluations")
     group.add_argument("--online_eval", action="store_true", help="evaluate while training, every eval_freq epochs and at the end")
-    group.add_argument("--evaluate_gen", action="store_true", help="evaluate the checkpoint of --resume and stop; the pictures are kept in output_dir/eval/")
+    group.add_argument("--evaluate_gen", action="store_true", help="evaluate the checkpoint of --resume and stop")
+    group.add_argument(
+        "--sweep", action="store_true", help="evaluate the checkpoint of --resume under all combinations of --eval_ema, --cfg and --interval, then the best"
+    )
+    group.add_argument("--sweep_images", type=int, default=8000, help="pictures of each combination of --sweep; the best is evaluated with --num_images")
+    group.add_argument(
+        "--interval", type=intervals, default=None, help="ranges of t for --sweep, such as 0-1,0.1-1, in place of --interval_min and --interval_max"
+    )
+    group.add_argument("--save_images", action="store_true", help="keep an evaluation's pictures as PNG, below output_dir/eval/")
+    group.add_argument("--fid_stats", default=None, help="reference statistics (.npz with mu and sigma) in place of the data's own; see prepare_ref.py")
+    group.add_argument("--inception_weights", default=None, help="file of torch-fidelity's Inception weights (default: torch's cache, else a download into it)")
+    group.add_argument(
+        "--eval_captions", default=None, help="captions to draw in evaluations: a UTF-8 file, one a line, or a folder of .txt (default: the data's)"
+    )
+    group.add_argument(
+        "--clip_model", default=None, help="CLIP for CLIP score and R-precision, a hub name or a folder, such as llm-jp/waon-siglip2-base-patch16-256"
+    )
+    group.add_argument("--precision_recall", action="store_true", help="precision and recall too, with VGG16")
+    group.add_argument("--vgg16_weights", default=None, help="file of torchvision's VGG16 weights, for --precision_recall (default as for --inception_weights)")
+    group.add_argument("--fd_dinov2", default=None, metavar="MODEL", help="FD-DINOv2 too, with that model: facebook/dinov2-large, or a folder")
     group.add_argument("--generate", action="store_true", help="draw prompts with the checkpoint of --resume into output_dir/samples/ and stop")
     group.add_argument(
         "--prompt",
@@ -210,7 +267,8 @@ def check_args(args: argparse.Namespace) -> None:
     require(args.min_lr == 0 or args.lr_schedule == "cosine", "--min_lr is where --lr_schedule cosine ends; add that, or leave it out")
 
     for flag, value in vars(args).items():
-        require(not isinstance(value, float) or math.isfinite(value), f"--{flag} {value} must be a finite number")
+        for number in value if flag == "cfg" else (value,):
+            require(not isinstance(number, float) or math.isfinite(number), f"--{flag} {number} must be a finite number")
 
     for flag in (
         "epochs",
@@ -219,6 +277,7 @@ def check_args(args: argparse.Namespace) -> None:
         "max_text_len",
         "num_sampling_steps",
         "num_images",
+        "sweep_images",
         "eval_freq",
         "gen_bsz",
         "class_num",
@@ -226,7 +285,7 @@ def check_args(args: argparse.Namespace) -> None:
         "log_freq",
     ):
         require(getattr(args, flag) >= 1, f"--{flag} {getattr(args, flag)} must be at least 1")
-    for flag in ("num_workers", "seed", "held_out", "warmup_epochs", "min_lr", "weight_decay", "cfg"):
+    for flag in ("num_workers", "seed", "held_out", "warmup_epochs", "min_lr", "weight_decay"):
         require(getattr(args, flag) >= 0, f"--{flag} {getattr(args, flag)} must not be negative")
     for flag in ("blr", "P_std", "noise_scale", "lr", "grad_clip"):
         require(getattr(args, flag) is None or getattr(args, flag) > 0, f"--{flag} {getattr(args, flag)} must be positive")
@@ -234,31 +293,76 @@ def check_args(args: argparse.Namespace) -> None:
         require(0 <= getattr(args, flag) < 1, f"--{flag} {getattr(args, flag)} must be in [0, 1)")
     require(args.t_eps > 0, "--t_eps 0 would divide by zero at t = 1; the paper uses 0.05")
     require(0 <= args.label_drop_prob <= 1, f"--label_drop_prob {args.label_drop_prob} must be in [0, 1]")
+    require(len(args.cfg) > 0 and min(args.cfg) >= 0, f"--cfg {args.cfg[0] if args.cfg else 'with an empty range'} must not be negative")
     low, high = args.interval_min, args.interval_max
     require(0 <= low <= high <= 1, f"--interval_min {low} --interval_max {high}: wanted 0 <= interval_min <= interval_max <= 1")
     start = args.start_epoch or 0
     require(0 <= start < args.epochs, f"--start_epoch {start} must be in [0, epochs), and --epochs is {args.epochs}")
 
-    require(args.generate + args.evaluate_gen + args.online_eval <= 1, "--generate, --evaluate_gen and --online_eval are three runs; give one of them")
-    drawing = "--generate" if args.generate else "--evaluate_gen" if args.evaluate_gen else ""
-    require(not drawing or args.resume is not None, f"{drawing} needs a trained model: --resume FOLDER_OR_FILE")
+    modes = [f"--{mode}" for mode in ("generate", "evaluate_gen", "sweep", "online_eval") if getattr(args, mode)]
+    require(len(modes) <= 1, f"{' and '.join(modes)} are different runs; give one of them")
+    require(not modes or modes[0] == "--online_eval" or args.resume is not None, f"{modes and modes[0]} needs a trained model: --resume FOLDER_OR_FILE")
+    check_evaluation(args, defaults, require)
     for flag in ("prompt", "prompts_file"):
         require(getattr(args, flag) is None or args.generate, f"--{flag} is for --generate")
     require(args.prompt is None or args.prompts_file is None, "--prompt and --prompts_file: give one of them")
 
 
+def check_evaluation(args: argparse.Namespace, defaults: argparse.Namespace, require: Callable[[bool, str], None]) -> None:
+    for flag in EVALUATION_FLAGS:
+        require(evaluates(args) or not getattr(args, flag), f"--{flag} has no effect without --online_eval, --evaluate_gen or --sweep")
+    require(args.vgg16_weights is None or args.precision_recall, "--vgg16_weights is for --precision_recall; add that, or leave it out")
+    several = [f"--{flag}" for flag in ("cfg", "eval_ema") if len(getattr(args, flag)) > 1]
+    if args.sweep:
+        wanted = "try --eval_ema 1,2,raw --cfg 1.0:4.0:0.1 --interval 0-1,0.1-1"
+        require(bool(several) or len(args.interval or ()) > 1, f"--sweep needs several settings to choose from; {wanted}")
+        whole = (args.interval_min, args.interval_max) == (defaults.interval_min, defaults.interval_max)
+        require(args.interval is None or whole, "--interval, and --interval_min and --interval_max: give one of them")
+        for low, high in args.interval or ():
+            require(0 <= low <= high <= 1, f"--interval {low:g}-{high:g}: wanted 0 <= low <= high <= 1")
+    else:
+        require(not several, f"{' and '.join(several)} with several values needs --sweep")
+        require(args.interval is None, "--interval is for --sweep; otherwise give --interval_min and --interval_max")
+        require(args.sweep_images == defaults.sweep_images, "--sweep_images is for --sweep")
+
+
+def evaluates(args: argparse.Namespace) -> bool:
+    return args.online_eval or args.evaluate_gen or args.sweep
+
+
+def trains(args: argparse.Namespace) -> bool:
+    return not (args.generate or args.evaluate_gen or args.sweep)
+
+
+def read_lines(path: Path, flag: str) -> list[str]:
+    """The lines of a UTF-8 file that hold text.  Raises: UserError where there are none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path} cannot be read as UTF-8 text: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{flag} {path} holds no line of text")
+    return lines
+
+
+def read_eval_captions(args: argparse.Namespace) -> list[str]:
+    """Those of --eval_captions: of a file, or of all .txt in a folder, or in captions/ in it; none where the flag is not given."""
+    if args.eval_captions is None:
+        return []
+    path = Path(args.eval_captions)
+    if not path.is_dir():
+        return read_lines(path, "--eval_captions")
+    folder = path / "captions" if (path / "captions").is_dir() else path
+    captions = [line for files in files_below(folder, {".txt"}).values() for file in files for line in read_captions(file)]
+    if not captions:
+        raise UserError(f"--eval_captions {path}: no .txt with a line of text in this folder")
+    return captions
+
+
 def read_prompts(args: argparse.Namespace) -> list[str] | list[int]:
     """What to draw: --prompt, the lines of --prompts_file, or the test prompts; label numbers for a class model."""
-    if args.prompts_file:
-        try:
-            text = Path(args.prompts_file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts_file {args.prompts_file} cannot be read as UTF-8 text: {error}") from error
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
-        if not prompts:
-            raise UserError(f"--prompts_file {args.prompts_file} holds no prompt")
-    else:
-        prompts = args.prompt
+    prompts = read_lines(Path(args.prompts_file), "--prompts_file") if args.prompts_file else args.prompt
     if args.is_text:
         return prompts or list(engine.test_prompts)
     if not prompts:
@@ -306,21 +410,45 @@ def store_folder(args: argparse.Namespace) -> Path:
     return Path(args.text_cache_dir or (beside if usable else Path(args.output_dir) / "text_cache"))
 
 
-def evaluation_condition(args: argparse.Namespace, dataset: PictureDataset, i: int) -> int:
-    """Picture i of an evaluation: its caption's number, spread over the data set, or a label, as many of each."""
+def choose_subjects(args: argparse.Namespace, dataset: PictureDataset | None, captions: Sequence[str]) -> dict[int, Subjects]:
+    """What evaluations draw, by number of pictures: as many labels of each class, or captions spread over those of --eval_captions or the data.
+
+    Args: captions: the data's, and after them those of --eval_captions.
+    """
+    counts = [args.num_images, args.sweep_images][: 1 + args.sweep] if evaluates(args) else []
     if not args.is_text:
-        return i % len(dataset.classes)
-    size, count = len(dataset), args.num_images
-    return dataset.condition(i * size // count if count < size else i % size, i)
+        classes = len(dataset.classes) if dataset else args.class_num
+        return {count: Subjects(torch.arange(count) % classes) for count in counts}
+    own = len(dataset.captions) if dataset else 0
+
+    def line(i: int, count: int) -> int:
+        if args.eval_captions:
+            return own + evaluation.spread(i, len(captions) - own, count)
+        return dataset.condition(evaluation.spread(i, len(dataset), count), i)
+
+    def subjects(count: int) -> Subjects:
+        lines = [line(i, count) for i in range(count)]
+        source = args.eval_captions or f"captions of {args.data_path}"
+        return Subjects(torch.tensor(lines), source, [captions[number] for number in lines])
+
+    return {count: subjects(count) for count in counts}
 
 
-def prepare_text(args: argparse.Namespace, dataset: TextImageFolder | None, prompts: list[str], saved: dict[str, Any], device: torch.device) -> Conditioning:
+def prepare_text(
+    args: argparse.Namespace,
+    dataset: TextImageFolder | None,
+    captions: Sequence[str],
+    subjects: Iterable[Subjects],
+    prompts: list[str],
+    saved: dict[str, Any],
+    device: torch.device,
+) -> Conditioning:
     """Features of the captions that the run will ask for, and of the prompts.  Collective."""
-    captions, cache = dataset.captions if dataset else (), args.text_cache if dataset else "memory"
-    lines = np.arange(len(captions))
-    if args.evaluate_gen:
-        lines = np.unique([evaluation_condition(args, dataset, i) for i in range(args.num_images)])
-    conditioning = text_features.prepare(text_config(args), cache, store_folder(args), captions, lines, prompts, args.text_norm, saved, device)
+    own = len(dataset.captions) if dataset else 0
+    asked = np.unique(np.concatenate([np.arange(0), *(found.conditions.numpy() for found in subjects)]))
+    lines, others = (np.arange(own), asked[asked >= own]) if trains(args) else (asked, ())
+    cache = args.text_cache if captions else "memory"
+    conditioning = text_features.prepare(text_config(args), cache, store_folder(args), captions, lines, prompts, args.text_norm, saved, device, others)
     if dataset and conditioning.conditions.in_loader:
         dataset.captions = ()  # their rows' numbers are all that is needed of them
     if device.type == "cuda":
@@ -359,45 +487,81 @@ class Run:
     conditioning: Conditioning
     state: engine.TrainState
     painter: engine.Painter
-    extractor: metrics.Extractor | None
+    evaluator: evaluation.Evaluator | None  # None where nothing can be measured
     output_dir: Path
     known_broken: int = 0
-
-    def y_of(self, numbers: Sequence[int]) -> Tensor:
-        """Conditions of an evaluation's pictures."""
-        if self.dataset is None:
-            return torch.tensor([i % self.args.class_num for i in numbers])
-        return self.conditioning.conditions(torch.tensor([evaluation_condition(self.args, self.dataset, i) for i in numbers]))
-
-    def evaluate(self, folder: Path | None) -> dict[str, float]:
-        """With the first EMA's weights.  Collective."""
-        reference = None
-        if self.extractor:
-            place = Path(self.args.data_path) if os.access(self.args.data_path, os.W_OK) else self.output_dir
-            path = place / f"fid_stats_{self.args.img_size}.npz"
-            reference = engine.reference_statistics(self.dataset, self.extractor, path, self.args.gen_bsz, workers(self.args))
-        self.state.net.eval()
-        with self.state.emas[0].applied(self.state.net):
-            figures = engine.evaluate(self.painter, self.y_of, self.args.num_images, self.extractor, reference, folder)
-        if figures:
-            sampler = self.painter.sampler
-            say(
-                f"FID-{self.args.num_images} {figures['fid']:.3f}  IS {figures['is']:.2f}  (EMA {self.args.ema_decay1}, cfg {sampler.cfg_scale}, "
-                f"interval {sampler.cfg_interval}, {sampler.method} {sampler.steps} steps, seed {self.args.seed}, step {self.state.step})"
-            )
-        return figures
 
 
 def workers(args: argparse.Namespace) -> int:
     return min(args.num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def find_inception(device: torch.device) -> metrics.Extractor | None:
-    """The feature network of FID and IS, looked for before anything expensive starts.  Collective."""
-    extractor = metrics.load_inception(device)
-    if extractor is None:
-        say(f"FID and IS are left out: no Inception weights at {metrics.inception_place()}, and they cannot be fetched. Pictures are drawn all the same.")
-    return extractor
+@dataclass(frozen=True)
+class Networks:
+    """What an evaluation sees pictures through; None for what is not wanted or cannot be had."""
+
+    inception: extractors.Extractor | None = None
+    vgg16: extractors.Extractor | None = None
+    dinov2: extractors.Extractor | None = None
+    clip: extractors.Clip | None = None
+
+
+def find_networks(args: argparse.Namespace, device: torch.device) -> Networks:
+    """Looked for before anything else starts.  Collective.  Raises: UserError where one that was asked for cannot be had."""
+    inception = extractors.load_fidelity(extractors.INCEPTION, args.inception_weights, device)
+    if inception is None:
+        absent = f"no Inception weights; {extractors.missing(extractors.INCEPTION)}"
+        if args.sweep or args.fid_stats:
+            raise UserError(f"{'--sweep chooses by FID' if args.sweep else '--fid_stats is for FID'}, and there are {absent}")
+        say(f"FID and IS are left out: {absent}")
+    vgg16 = extractors.load_fidelity(extractors.VGG16, args.vgg16_weights, device) if args.precision_recall else None
+    if args.precision_recall and vgg16 is None:
+        raise UserError(f"--precision_recall: no VGG16 weights; {extractors.missing(extractors.VGG16)}")
+    dinov2 = extractors.load_dinov2(args.fd_dinov2, device) if args.fd_dinov2 else None
+    if args.is_text and not args.clip_model:
+        say("CLIP score and R-precision are left out: no --clip_model, such as llm-jp/waon-siglip2-base-patch16-256")
+    return Networks(inception, vgg16, dinov2, extractors.load_clip(args.clip_model, device) if args.clip_model else None)
+
+
+def check_measurable(args: argparse.Namespace, anything: bool) -> None:
+    """Raises: UserError where an evaluation would come to nothing."""
+    if args.evaluate_gen and not anything and not args.save_images:
+        raise UserError("--evaluate_gen has nothing to measure: mend what the lines above say is left out, or keep the pictures by --save_images")
+
+
+def make_measures(args: argparse.Namespace, networks: Networks, dataset: PictureDataset | None, output_dir: Path) -> list[evaluation.Measure]:
+    """Makes the data's own reference statistics where there are none.  Collective."""
+    place = Path(args.data_path) if os.access(args.data_path, os.W_OK) else output_dir
+
+    def own(extractor: extractors.Extractor, name: str) -> Reference:
+        return evaluation.kept_reference(dataset, args.data_path, extractor, place / f"{name}_{args.img_size}.npz", args.gen_bsz, workers(args))
+
+    measures: list[evaluation.Measure] = []
+    if networks.inception and (args.fid_stats or dataset):
+        given = read_reference(args, networks.inception) if args.fid_stats else own(networks.inception, "fid_stats")
+        measures.append(evaluation.Frechet("fid", networks.inception, given))
+    elif networks.inception:
+        absent = f"no data to compare with at --data_path {args.data_path}, and no --fid_stats"
+        if args.sweep:
+            raise UserError(f"--sweep chooses by FID, and there are {absent}")
+        say(f"FID and IS are left out: {absent}")
+    if networks.clip:
+        measures.append(evaluation.Alignment(networks.clip, args.seed))
+    for flag, network in (("precision_recall", networks.vgg16), ("fd_dinov2", networks.dinov2)):
+        if network and not dataset:
+            raise UserError(f"--{flag}: no data to compare with at --data_path {args.data_path}")
+    if networks.vgg16:
+        measures.append(evaluation.Manifold(networks.vgg16, dataset, args.gen_bsz, workers(args)))
+    if networks.dinov2:
+        measures.append(evaluation.Frechet("fd_dinov2", networks.dinov2, own(networks.dinov2, "fd_dinov2_stats")))
+    return measures
+
+
+def read_reference(args: argparse.Namespace, inception: extractors.Extractor) -> Reference:
+    """That of --fid_stats, of this size and network."""
+    found = reference.read(Path(args.fid_stats))
+    reference.check(found, inception.identity, extractors.INCEPTION_WIDTH, args.img_size)
+    return found
 
 
 def effective_batch(args: argparse.Namespace) -> int:
@@ -420,7 +584,7 @@ def describe_run(args: argparse.Namespace, run: Run, config: engine.TrainConfig,
             "training will be very slow. Set --lr (1e-4 to 2e-4 for JiT-B and larger), or raise --accum_iter")  # fmt: skip
     if args.img_size > 256 and args.noise_scale == 1:
         say(f"warning: --noise_scale 1 at {args.img_size} pixels; the paper scales the noise by img_size / 256, here {args.img_size / 256:g}")
-    if args.label_drop_prob == 0 and args.cfg != 1:
+    if args.label_drop_prob == 0 and args.cfg[0] != 1:
         say("warning: with --label_drop_prob 0 the network never learns the null that --cfg needs")
     if args.warmup_epochs >= args.epochs:
         say(f"warning: --warmup_epochs {args.warmup_epochs:g} is not shorter than --epochs {args.epochs}; the learning rate never reaches its peak")
@@ -500,9 +664,9 @@ def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list,
         if saves_numbered:
             save_checkpoint(run, run.output_dir / f"checkpoint-{epoch}.pth", epoch)
         if evaluates:
-            figures = run.evaluate(None if run.extractor else run.output_dir / "eval" / f"epoch-{epoch}")
-            board.scalars(figures, state.step)
-            with state.emas[0].applied(state.net):
+            if run.evaluator:
+                board.scalars(run.evaluator(args.eval_ema[0], run.painter.sampler, args.num_images).scalars(), state.step)
+            with engine.drawing_with(state, args.eval_ema[0]):
                 board.image("test_prompts", engine.prompt_grid(run.painter, run.conditioning.prompts, prompts), state.step)
     bar.close()
     board.close()
@@ -545,27 +709,28 @@ def train_config(args: argparse.Namespace, data_size: int, bf16: bool) -> engine
 
 def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path | None, prompts: list, device: torch.device) -> Run:
     """Data, features, network and weights, the cheap and the fallible first.  Collective."""
-    drawing = args.generate or args.evaluate_gen
-    needs_data = not args.generate and (args.is_text or not drawing or os.path.isdir(args.data_path))
     output_dir = writable_folder(args.output_dir, "--output_dir")
-    dataset = make_dataset(args) if needs_data else None
-    if args.evaluate_gen and not dataset:
-        say(f"FID and IS are left out: no data to compare with at --data_path {args.data_path}")
-    if (args.evaluate_gen or args.online_eval) and args.num_images < dist.world_size():
-        raise UserError(f"--num_images {args.num_images} is less than the {dist.world_size()} processes")
-    extractor = find_inception(device) if dataset and (args.online_eval or args.evaluate_gen) else None
+    if evaluates(args) and min([args.num_images, args.sweep_images][: 1 + args.sweep]) < dist.world_size():
+        raise UserError(f"--num_images {args.num_images} or --sweep_images {args.sweep_images} is less than the {dist.world_size()} processes")
+    networks = find_networks(args, device) if evaluates(args) else Networks()
+    check_measurable(args, networks != Networks())
+    dataset = make_dataset(args) if needs_data(args) else None
     seen = dist.gather_objects((len(dataset or ()), saved and (saved.get("epoch"), saved.get("step"))))
     if len(set(seen)) > 1:
         raise UserError(
             f"the processes see different data or checkpoints (pictures, (epoch, step)): {seen}; do all nodes see the same --data_path and --resume?"
         )
 
+    captions = (dataset.captions if dataset else PackedStrings(())) + PackedStrings(read_eval_captions(args)) if args.is_text else ()
+    subjects = choose_subjects(args, dataset, captions)
     if args.is_text:
-        conditioning = prepare_text(args, dataset, prompts, saved["text"] if saved else {}, device)
+        conditioning = prepare_text(args, dataset, captions, subjects.values(), prompts, saved["text"] if saved else {}, device)
     else:
         conditioning = Conditioning(engine.LabelConditions(args.class_num), torch.tensor(prompts))
+    measures = make_measures(args, networks, dataset, output_dir)
+    check_measurable(args, bool(measures))
     net = build_network(args, conditioning.width, device)
-    emas = [Ema(net, decay, args.ema_warmup) for decay in (args.ema_decay1, args.ema_decay2)]
+    emas = make_emas(args, net, saved)
     if saved:
         load_weights(saved, path, net, emas)
     step = saved.get("step", 0) if saved else 0
@@ -575,12 +740,32 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
         null=conditioning.conditions.null,
         img_size=args.img_size,
         diffusion=DiffusionConfig(args.P_mean, args.P_std, args.noise_scale, args.t_eps),
-        sampler=SamplerConfig(args.sampling_method, args.num_sampling_steps, args.cfg, (args.interval_min, args.interval_max)),
+        sampler=SamplerConfig(args.sampling_method, args.num_sampling_steps, args.cfg[0], (args.interval_min, args.interval_max)),
         batch_size=args.gen_bsz,
         device=device,
         seed=args.seed,
     )
-    return Run(args, device, dataset, conditioning, state, painter, extractor, output_dir)
+    evaluator = None
+    if measures or args.evaluate_gen:
+        facts = {"model": args.model, "precision": "bf16" if uses_bf16(args, device) else "fp32"}
+        checkpoint_file = None if trains(args) else str(path)
+        evaluator = evaluation.Evaluator(
+            state, painter, measures, conditioning.conditions, subjects, facts, output_dir / "eval", checkpoint_file, args.save_images
+        )
+    return Run(args, device, dataset, conditioning, state, painter, evaluator, output_dir)
+
+
+def needs_data(args: argparse.Namespace) -> bool:
+    """Training does, and an evaluation as well, but for one of labels or --eval_captions where there is no such folder."""
+    if args.generate:
+        return False
+    return trains(args) or (args.is_text and not args.eval_captions) or os.path.isdir(args.data_path)
+
+
+def make_emas(args: argparse.Namespace, net: JiT, saved: dict[str, Any] | None) -> list[Ema]:
+    """With the flags' decays in training, with those that made the checkpoint otherwise; a published file has no warm-up."""
+    made = {"ema_warmup": False} | saved["args"] if saved and not trains(args) else {}
+    return [Ema(net, made.get(name, getattr(args, name)), made.get("ema_warmup", args.ema_warmup)) for name in ("ema_decay1", "ema_decay2")]
 
 
 def uses_bf16(args: argparse.Namespace, device: torch.device) -> bool:
@@ -602,15 +787,9 @@ def start(args: argparse.Namespace) -> None:
     device = dist.init(args.device)
     run = prepare(args, saved, path, prompts, device)
     if args.generate:
-        say(f"drawing {len(prompts)} prompts with {path}, step {run.state.step}, EMA {args.ema_decay1}")
-        run.state.net.eval()
-        with run.state.emas[0].applied(run.state.net):
-            sheet = engine.generate(run.painter, run.conditioning.prompts, prompts, run.output_dir / "samples")
-        say(f"pictures in {sheet.parent}, all of them on {sheet}")
-    elif args.evaluate_gen:
-        say(f"evaluating {path}, step {run.state.step}")
-        run.evaluate(run.output_dir / "eval")
-        say(f"pictures in {run.output_dir / 'eval'}")
+        draw_prompts(run, path, prompts)
+    elif args.evaluate_gen or args.sweep:
+        evaluate_checkpoint(run, path)
     else:
         pictures, held_out = hold_out(len(run.dataset), args.held_out if args.is_text else 0, args.seed)
         config = train_config(args, len(pictures), uses_bf16(args, device))
@@ -620,6 +799,31 @@ def start(args: argparse.Namespace) -> None:
         if first_epoch >= args.epochs:
             say(f"nothing to train: {first_epoch} of --epochs {args.epochs} epochs are done")
         train(run, config, first_epoch, prompts, pictures, held_out)
+
+
+def draw_prompts(run: Run, path: Path, prompts: list) -> None:
+    weights = run.args.eval_ema[0]
+    say(f"drawing {len(prompts)} prompts with {path}, step {run.state.step}, {'raw weights' if weights == 'raw' else f'EMA {weights}'}")
+    evaluation.call_out_initial(run.state, weights)
+    with engine.drawing_with(run.state, weights):
+        sheet = engine.generate(run.painter, run.conditioning.prompts, prompts, run.output_dir / "samples")
+    say(f"pictures in {sheet.parent}, all of them on {sheet}")
+
+
+def evaluate_checkpoint(run: Run, path: Path) -> None:
+    """Once, or under all settings of a sweep; the figures go to TensorBoard too."""
+    args, evaluator = run.args, run.evaluator
+    say(f"evaluating {path}, step {run.state.step}")
+    if args.sweep:
+        ranges = args.interval or ((args.interval_min, args.interval_max),)
+        records, best = evaluation.sweep(evaluator, args.eval_ema, args.cfg, ranges, args.sweep_images, args.num_images)
+        records = [*records, best]
+    else:
+        records = [evaluator(args.eval_ema[0], run.painter.sampler, args.num_images)]
+    board = Board(run.output_dir)
+    for record in records:
+        board.scalars(record.scalars(), run.state.step)
+    board.close()
 
 
 def or_leave(action: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:

@@ -5,19 +5,16 @@ Right padding with real attention masks keeps a causal LM's states of the real t
 """
 
 import hashlib
-import os
 import unicodedata
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from util import hub
 from util.errors import UserError
 
 PROBE = "猫が窓辺で眠っている写真。A cat, 2匹の犬と富士山。"  # its token ids are the tokenizer's fingerprint
@@ -154,31 +151,6 @@ class TextEncoder:
         return arrays
 
 
-def digest_of_weights(folder: Path) -> str:
-    """SHA-256 over a local model's configuration and weights, file by file."""
-
-    def digest(path: Path) -> bytes:
-        value = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                value.update(block)
-        return value.digest()
-
-    paths = [folder / "config.json", *(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))]
-    with ThreadPoolExecutor() as threads:
-        parts = list(threads.map(digest, paths))
-    return "sha256:" + hashlib.sha256(b"".join(parts)).hexdigest()[:32]
-
-
-@contextmanager
-def in_one_line(name: str) -> Iterator[None]:
-    """Whatever goes wrong in loading (no such model, a cut file, a package that is missing: each its own exception) as one line."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"--llm_model_name {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-
-
 class LanguageModel:
     """A frozen LLM by name.  Its configuration and tokenizer are read and checked at once, its weights by `load`.
 
@@ -186,15 +158,13 @@ class LanguageModel:
     """
 
     def __init__(self, config: TextConfig):
-        from transformers import AutoConfig, AutoTokenizer, logging
+        from transformers import AutoConfig, AutoTokenizer
         from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        hub.quiet()
         self.config, name = config, config.llm
-        if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-            raise UserError(f"--llm_model_name {name}: no such folder, and not a hub name like llm-jp/llm-jp-3-150m")
-        with in_one_line(name):
+        hub.check_name("--llm_model_name", name, "llm-jp/llm-jp-3-150m")
+        with hub.in_one_line("--llm_model_name", name):
             self.architecture = AutoConfig.from_pretrained(name, revision=config.revision)
             self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
             puts_bos = get_tokenizer_config(name, revision=config.revision).get("add_bos_token")
@@ -208,21 +178,12 @@ class LanguageModel:
                 f"{self.tokenizer.bos_token} ({self.tokenizer.bos_token_id}); in a copy of the folder, give tokenizer.json a post_processor that puts it there"
             )
 
-    def revision(self) -> str:
-        """The hub's commit, or the hash of a local folder's weights, which are read for it."""
-        from transformers.utils.hub import cached_file, extract_commit_hash
-
-        name = self.config.llm
-        if os.path.isdir(name):
-            return digest_of_weights(Path(name))
-        return extract_commit_hash(cached_file(name, "config.json", revision=self.config.revision), None) or ""
-
     def describe(self) -> dict[str, str | int]:
         """What features depend on, as plain data for the store's manifest and the checkpoint."""
         config = self.config
         return {
             "llm": config.llm,
-            "revision": self.revision(),
+            "revision": hub.revision_of(config.llm, config.revision),
             "architecture": self.architecture.model_type,
             "max_text_len": config.max_text_len,
             "layer": config.layer,
@@ -238,7 +199,7 @@ class LanguageModel:
         from transformers import AutoModel
 
         config = self.config
-        with in_one_line(config.llm):
+        with hub.in_one_line("--llm_model_name", config.llm):
             llm, report = AutoModel.from_pretrained(config.llm, revision=config.revision, dtype=DTYPES[config.dtype], output_loading_info=True)
         missing = [key for key in report["missing_keys"] if "pooler" not in key]  # BERT's pooler is not used here
         if missing:

@@ -297,15 +297,19 @@ def prepare(
     text_norm: str,
     saved: Mapping[str, Any],
     device: torch.device,
+    others: Sequence[int] = (),
 ) -> Conditioning:
-    """Conditions for the captions at `lines` and features of the prompts.  Collective.
+    """Conditions for the captions at `lines` and at `others`, and features of the prompts.  Collective.
 
     Args: cache: "disk" (in `folder`), "memory" or "off"; text_norm: "none" or "standardize"; saved: the description in a
-    checkpoint, or nothing.  Raises: UserError where `saved` tells of other features.
+    checkpoint, or nothing; others: captions that the statistics are not taken of.  Raises: UserError where `saved` tells of other features.
     """
+    others = np.asarray(others, dtype=np.int64)
     manifest = stored_manifest(folder) if cache == "disk" else {}
     model = Model(config, saved, manifest, device)
-    texts = Texts(captions, lines[spread(len(lines), SAMPLE)] if cache == "off" else lines, prompts)
+    if cache == "off":
+        lines, others = lines[spread(len(lines), SAMPLE)], others[:0]
+    texts = Texts(captions, np.concatenate([lines, others]), prompts)
     keys = texts.keys()
     if cache == "disk":
         encoder, features = None, from_disk(folder, model, manifest, texts, keys)
@@ -314,7 +318,7 @@ def prepare(
         encoder = model.load()
         features, frozen = in_memory(encoder, texts, keys), encoder.parameters
     rows = features.find(keys)
-    own, prompt_rows, null_row = np.split(rows, [len(texts.lines), len(rows) - 1])
+    own, other_rows, prompt_rows, null_row = np.split(rows, [len(lines), len(texts.lines), len(rows) - 1])
     report(features, np.unique(own), np.unique(rows), config.max_text_len)
 
     norm = same
@@ -327,6 +331,6 @@ def prepare(
         conditions = LiveText(encoder, captions, null, norm)
     else:
         row_of = np.full(len(captions), -1)
-        row_of[lines] = own
+        row_of[lines], row_of[others] = own, other_rows
         conditions = StoredText(features, row_of, null, norm)
     return Conditioning(conditions, norm(features(prompt_rows)), description, features.width, frozen)

@@ -9,9 +9,9 @@ from util.errors import UserError
 
 
 class ClassFolder(PictureDataset):
-    """Raises: UserError for a folder that is not there or empty, or for more class folders than `class_num`."""
+    """Raises: UserError for a folder that is not there or empty, or for more class folders than `class_num`, if that is given."""
 
-    def __init__(self, root: str | Path, class_num: int, img_size: int = 256, hflip: bool = True, seed: int = 0):
+    def __init__(self, root: str | Path, class_num: int | None, img_size: int = 256, hflip: bool = True, seed: int = 0):
         folder = Path(root) / "train"
         if not folder.is_dir():
             hint = "; it has images/, so a -Text model is meant?" if (Path(root) / "images").is_dir() else ""
@@ -21,7 +21,7 @@ class ClassFolder(PictureDataset):
             samples = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=False)
         except FileNotFoundError as error:
             raise UserError(f"--data_path {root}: {error}") from error
-        if len(classes) > class_num:
+        if class_num is not None and len(classes) > class_num:
             raise UserError(f"--data_path {root}: {len(classes)} class folders, but --class_num is {class_num}")
         paths, labels = zip(*samples)
         super().__init__(paths, img_size, hflip, seed)

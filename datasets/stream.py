@@ -23,6 +23,13 @@ class PackedStrings(Sequence):
         self.ends = np.cumsum([len(part) for part in encoded], dtype=np.int64)
         self.block = b"".join(encoded)
 
+    def __add__(self, other: "PackedStrings") -> "PackedStrings":
+        if not len(other):
+            return self
+        both = PackedStrings(())
+        both.ends, both.block = np.concatenate([self.ends, len(self.block) + other.ends]), self.block + other.block
+        return both
+
     def __len__(self) -> int:
         return len(self.ends)
 

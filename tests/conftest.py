@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a mistyped name fails at once instead of after retries
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # a hub cache of the tests' own
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork
+os.environ["TORCH_HOME"] = os.environ["HF_HOME"]  # and no Inception weights but the tests' own
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,6 +49,27 @@ def save_llm(kind: str, folder: Path) -> Path:
     llm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Weights of the right shape for torch-fidelity's Inception, random, so scaled that its features do not vanish."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Blank(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *args):
+            pass
+
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save({}, path)
+    torch.manual_seed(0)
+    network = Blank("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    network.fc.weight.data.mul_(30)  # or all pictures would be of one class
+    torch.save(network.state_dict(), path)
+    return path
 
 
 def byte_tokenizer():

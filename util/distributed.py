@@ -90,17 +90,24 @@ def min_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """All ranks' rows, rank 0's first, on the CPU; ranks may hold different numbers of them.  Collective."""
+def gather_rows(rows: Tensor, main_only: bool = False) -> Tensor:
+    """All ranks' rows, rank 0's first, on the CPU; ranks may hold different numbers of them.  Collective.
+
+    With `main_only` the other ranks get none, and need no memory for them.
+    """
     rows = rows.cpu()
     if not dist.is_initialized():
         return rows
     counts = gather_objects(len(rows))
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+    receives = not main_only or is_main()
+    parts = [torch.empty_like(padded) for _ in counts] if receives else None
+    if main_only:
+        dist.gather(padded, parts)
+    else:
+        dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)]) if receives else rows[:0]
 
 
 def gather_objects(value) -> list:

@@ -21,6 +21,15 @@ class Ema:
     def decay_at(self, n: int) -> float:
         return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
 
+    def initial_share(self, steps: int) -> float:
+        """What is left of the initial weights in the average after that many updates."""
+        share = 1.0
+        for n in range(steps):
+            share *= self.decay_at(n)
+            if share < 1e-4:
+                return 0.0
+        return share
+
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
         """n: optimizer steps done before this one."""

@@ -1,5 +1,6 @@
-"""Files that are whole or not there, and folders that can be written to."""
+"""Files that are whole or not there, their hashes, and folders that can be written to."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -38,3 +39,12 @@ def writable_folder(path: str | Path, flag: str) -> Path:
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written to: {error.strerror}") from error
     return path
+
+
+def sha256_of(path: str | Path) -> str:
+    """As `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        value = hashlib.sha256()
+        while block := file.read(1 << 22):
+            value.update(block)
+    return value.hexdigest()

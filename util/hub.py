@@ -1,0 +1,51 @@
+"""Pretrained models of transformers, by hub name or folder: is the name one, what identifies the weights, and one line for what goes wrong."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from util.errors import UserError
+from util.files import sha256_of
+
+
+def quiet() -> None:
+    """No tables and progress bars of transformers' own."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def check_name(flag: str, name: str, example: str) -> None:
+    """Raises: UserError for what is neither a folder nor like a hub name; transformers would take a mistyped path for one."""
+    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise UserError(f"{flag} {name}: no such folder, and not a hub name like {example}")
+
+
+@contextmanager
+def in_one_line(flag: str, name: str) -> Iterator[None]:
+    """Whatever goes wrong in loading (no such model, a cut file, a package that is missing: each its own exception) as one line."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def digest_of_weights(folder: Path) -> str:
+    """SHA-256 over a local model's configuration and weights, file by file."""
+    paths = [folder / "config.json", *(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))]
+    with ThreadPoolExecutor() as threads:
+        parts = list(threads.map(sha256_of, paths))
+    return "sha256:" + hashlib.sha256(b"".join(map(bytes.fromhex, parts))).hexdigest()[:32]
+
+
+def revision_of(name: str, revision: str | None = None) -> str:
+    """The hub's commit, or the hash of a local folder's weights, which are read for it."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    if os.path.isdir(name):
+        return digest_of_weights(Path(name))
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision), None) or ""
