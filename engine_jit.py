@@ -295,6 +295,12 @@ class Painter:
     device: torch.device
     seed: int = 0
 
+    def paint(self, numbers: Sequence[int], y: Tensor) -> Tensor:
+        """Pictures of those numbers under conditions y, (B, 3, H, W), about [-1, 1]."""
+        noise = normal(self.seed, "sample", numbers, (3, self.img_size, self.img_size)).to(self.device)
+        y, null = y.to(self.device), self.null.to(self.device)
+        return sample(self.net, noise, y, null.expand(len(y), *null.shape[1:]), self.diffusion, self.sampler)
+
     def draw(self, y_of: Callable[[Sequence[int]], Tensor], count: int, what: str) -> Iterator[tuple[list[int], Tensor]]:
         """This rank's share of pictures 0 .. count - 1: their numbers and (B, 3, H, W) uint8 on the CPU.
 
@@ -304,11 +310,13 @@ class Painter:
         with progress(len(mine), what, unit="picture") as bar:
             for start in range(0, len(mine), self.batch_size):
                 numbers = list(mine[start : start + self.batch_size])
-                noise = normal(self.seed, "sample", numbers, (3, self.img_size, self.img_size)).to(self.device)
-                y, null = y_of(numbers).to(self.device), self.null.to(self.device)
-                pictures = sample(self.net, noise, y, null.expand(len(y), *null.shape[1:]), self.diffusion, self.sampler)
-                yield numbers, ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+                yield numbers, to_levels(self.paint(numbers, y_of(numbers)))
                 bar.update(len(numbers))
+
+
+def to_levels(pictures: Tensor) -> Tensor:
+    """[-1, 1] to uint8 on the CPU, as a PNG holds it."""
+    return ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def to_image(picture: Tensor) -> Image.Image:

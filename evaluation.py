@@ -320,6 +320,13 @@ def call_out_initial(state: TrainState, weights: str) -> None:
         say(f"warning: EMA {weights} is {shares[weights]:.0%} initial weights at step {state.step:,}; use --eval_ema {' or '.join(better)}")
 
 
+def describe(weights: str, step: int, sampler: SamplerConfig, seed: int) -> str:
+    """How pictures were drawn, in a line."""
+    which = "raw weights" if weights == "raw" else f"EMA {weights}"
+    low, high = sampler.cfg_interval
+    return f"{which} at step {step}, cfg {sampler.cfg_scale:g} in {low:g}-{high:g}, {sampler.method} {sampler.steps}, seed {seed}"
+
+
 @dataclass(frozen=True)
 class Record:
     """Figures, and everything needed to believe them."""
@@ -352,14 +359,9 @@ class Record:
         digits = {"fid": ".3f", "is": ".2f", "clip_score": ".2f", "fd_dinov2": ".2f"}
         count = short(self.setting["pictures"])
         found = "  ".join(f"{TITLES[name]}-{count} {value:{digits.get(name, '.3f')}}{notes.get(name, '')}" for name, value in self.figures.items())
-        which = "raw weights" if weights["which"] == "raw" else f"EMA {weights['which']} ({weights['decay']})"
-        low, high = sampling["cfg_interval"]
         made = self.setting.get("fid")
         against = f", reference {made['reference']} (sha256 {made['reference_sha256'][:8]})" if made else ""
-        return (
-            f"{found or 'no figures'}  [{which} at step {weights['step']}, cfg {sampling['cfg_scale']:g} in {low:g}-{high:g}, {sampling['method']} "
-            f"{sampling['steps']}, seed {self.setting['seed']}{against}]"
-        )
+        return f"{found or 'no figures'}  [{describe(weights['which'], weights['step'], SamplerConfig(**sampling), self.setting['seed'])}{against}]"
 
 
 def as_plain(value: Any) -> Any:
@@ -382,7 +384,7 @@ class Evaluator:
     save_images: bool = False
 
     def __call__(self, weights: str, sampler: SamplerConfig, count: int, save: bool | None = None, again: bool = True) -> Record:
-        """Collective.  Without `again`, a record of the same setting that is there already is taken."""
+        """Collective.  Without `again` (in a sweep) a record of the same setting that is there already is taken."""
         call_out_initial(self.state, weights)
         save = self.save_images if save is None else save
         with drawing_with(self.state, weights):
@@ -397,7 +399,8 @@ class Evaluator:
         record = Record(figures, setting, self._made(len(subjects), seconds))
         self._write(path, record, folder, subjects)
         say(record.line())
-        say(f"written to {path}" + (f", pictures in {folder}" if folder else ""))
+        if again:
+            say(f"written to {path}" + (f", pictures in {folder}" if folder else ""))
         return record
 
     def _setting(self, weights: str, painter: Painter, subjects: Subjects) -> dict[str, Any]:
@@ -483,7 +486,7 @@ def sweep(
         stem.with_suffix(".md").write_text(text, encoding="utf-8")
         plot(records, best, stem.with_suffix(".png"))
         say(f"\n{text}\ntable and plot: {stem}.md, {stem}.png")
-    if sampling["cfg_scale"] in (min(scales), max(scales)) and len(set(scales)) > 2:
+    if sampling["cfg_scale"] in {min(scales), max(scales)} - {1} and len(set(scales)) > 2:
         say(f"the best cfg, {sampling['cfg_scale']:g}, is at the end of the range: a wider --cfg may hold a better one")
     sampler = replace(evaluator.painter.sampler, cfg_scale=sampling["cfg_scale"], cfg_interval=tuple(sampling["cfg_interval"]))
     return records, evaluator(best.setting["weights"]["which"], sampler, many, again=evaluator.save_images)

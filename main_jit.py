@@ -56,7 +56,9 @@ def numbers(text: str) -> tuple[float, ...]:
     try:
         if ":" in text:
             first, last, step = map(float, text.split(":"))
-            return tuple(round(first + i * step, 10) for i in range(math.floor((last - first) / step + 1e-6) + 1))
+            if values := tuple(round(first + i * step, 10) for i in range(math.floor((last - first) / step + 1e-6) + 1)):
+                return values
+            raise ValueError("nothing in this range")
         return tuple(map(float, text.split(",")))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text}: wanted a number, a list like 1,2.5, or a range like 1.0:4.0:0.1") from None
@@ -213,7 +215,11 @@ def get_parser() -> Parser:
     )
     group.add_argument("--save_images", action="store_true", help="keep an evaluation's pictures as PNG, below output_dir/eval/")
     group.add_argument("--fid_stats", default=None, help="reference statistics (.npz with mu and sigma) in place of the data's own; see prepare_ref.py")
-    group.add_argument("--inception_weights", default=None, help="file of torch-fidelity's Inception weights (default: torch's cache, else a download into it)")
+    group.add_argument(
+        "--inception_weights",
+        default=None,
+        help="file of torch-fidelity's Inception weights (default: torch's cache, else a download into it); none: no FID and IS",
+    )
     group.add_argument(
         "--eval_captions", default=None, help="captions to draw in evaluations: a UTF-8 file, one a line, or a folder of .txt (default: the data's)"
     )
@@ -293,7 +299,7 @@ def check_args(args: argparse.Namespace) -> None:
         require(0 <= getattr(args, flag) < 1, f"--{flag} {getattr(args, flag)} must be in [0, 1)")
     require(args.t_eps > 0, "--t_eps 0 would divide by zero at t = 1; the paper uses 0.05")
     require(0 <= args.label_drop_prob <= 1, f"--label_drop_prob {args.label_drop_prob} must be in [0, 1]")
-    require(len(args.cfg) > 0 and min(args.cfg) >= 0, f"--cfg {args.cfg[0] if args.cfg else 'with an empty range'} must not be negative")
+    require(min(args.cfg) >= 0, f"--cfg {min(args.cfg)} must not be negative")
     low, high = args.interval_min, args.interval_max
     require(0 <= low <= high <= 1, f"--interval_min {low} --interval_max {high}: wanted 0 <= interval_min <= interval_max <= 1")
     start = args.start_epoch or 0
@@ -508,11 +514,12 @@ class Networks:
 
 def find_networks(args: argparse.Namespace, device: torch.device) -> Networks:
     """Looked for before anything else starts.  Collective.  Raises: UserError where one that was asked for cannot be had."""
-    inception = extractors.load_fidelity(extractors.INCEPTION, args.inception_weights, device)
+    unwanted = args.inception_weights == "none"
+    inception = None if unwanted else extractors.load_fidelity(extractors.INCEPTION, args.inception_weights, device)
     if inception is None:
-        absent = f"no Inception weights; {extractors.missing(extractors.INCEPTION)}"
+        absent = "--inception_weights none" if unwanted else f"no Inception weights; {extractors.missing(extractors.INCEPTION)}"
         if args.sweep or args.fid_stats:
-            raise UserError(f"{'--sweep chooses by FID' if args.sweep else '--fid_stats is for FID'}, and there are {absent}")
+            raise UserError(f"{'--sweep chooses by FID' if args.sweep else '--fid_stats is for FID'}: {absent}")
         say(f"FID and IS are left out: {absent}")
     vgg16 = extractors.load_fidelity(extractors.VGG16, args.vgg16_weights, device) if args.precision_recall else None
     if args.precision_recall and vgg16 is None:
@@ -543,7 +550,7 @@ def make_measures(args: argparse.Namespace, networks: Networks, dataset: Picture
     elif networks.inception:
         absent = f"no data to compare with at --data_path {args.data_path}, and no --fid_stats"
         if args.sweep:
-            raise UserError(f"--sweep chooses by FID, and there are {absent}")
+            raise UserError(f"--sweep chooses by FID: {absent}")
         say(f"FID and IS are left out: {absent}")
     if networks.clip:
         measures.append(evaluation.Alignment(networks.clip, args.seed))
@@ -803,7 +810,8 @@ def start(args: argparse.Namespace) -> None:
 
 def draw_prompts(run: Run, path: Path, prompts: list) -> None:
     weights = run.args.eval_ema[0]
-    say(f"drawing {len(prompts)} prompts with {path}, step {run.state.step}, {'raw weights' if weights == 'raw' else f'EMA {weights}'}")
+    made = evaluation.describe(weights, run.state.step, run.painter.sampler, run.painter.seed)
+    say(f"drawing {len(prompts)} prompts with {path} [{made}]")
     evaluation.call_out_initial(run.state, weights)
     with engine.drawing_with(run.state, weights):
         sheet = engine.generate(run.painter, run.conditioning.prompts, prompts, run.output_dir / "samples")

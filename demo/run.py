@@ -99,6 +99,13 @@ def digits(out: Path, llm: str | None, epochs: int) -> None:
     prompts = [digit_captions(*pair)[i // len(HELD_OUT) % 6] for i, pair in enumerate(pairs)]
     pictures = draw(PROCESSES, common, run, prompts)
 
+    step("the same by a CLIP, here a small one trained on the spot: are the captions' pictures those of their captions?")
+    call("-m", "demo.tiny_clip", "--out", str(out / "clip"), "--size", str(size), "--steps", "240")
+    asked = out / "captions.txt"
+    asked.write_text("".join(f"{digit_captions(colour, digit)[0]}\n" for colour in COLOURS for digit in range(10)), encoding="utf-8")
+    evaluation = ["--resume", str(run), "--data_path", str(data), "--evaluate_gen", "--num_images", "240", "--eval_captions", str(asked)]
+    torchrun(PROCESSES, *common, *evaluation, "--clip_model", str(out / "clip"), "--inception_weights", "none")
+
     step("the judge")
     judge = DigitJudge(size)
     print(f"the digit judge itself: {judge.accuracy:.1%} right on 300 real digits held back from it")
@@ -151,7 +158,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=None)
     args = parser.parse_args()
     out = args.out or Path("demo_output") / args.what
-    for name in ("data", "llm", "run"):  # what an earlier demo left
+    for name in ("data", "llm", "run", "clip"):  # what an earlier demo left
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     if args.what == "digits":

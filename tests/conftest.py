@@ -1,10 +1,13 @@
 """Small real models, tokenizers and data sets, built on the spot: nothing here is a stand-in for the loading code."""
 
 import atexit
+import io
 import os
 import shutil
+import socket
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a mistyped name fails at once instead of after retries
@@ -19,6 +22,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from util import distributed as dist
+from util.errors import UserError
 
 CAPTIONS = ["赤い三", "夕焼けの海辺を走る柴犬", "a black cat on a chair", "富士山と桜の写真、2024年春", "𠮷野家の牛丼🍚", "ﾊﾝｶｸとＦＵＬＬ"]
 
@@ -67,7 +73,10 @@ def inception_file(tmp_path_factory):
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
-    network.fc.weight.data.mul_(30)  # or all pictures would be of one class
+    pictures = torch.stack([torch.full((3, 32, 32), level, dtype=torch.uint8) for level in (0, 127, 255)])
+    common = torch.nn.functional.normalize(network(pictures)[0].mean(0), dim=0)
+    weight = network.fc.weight.data
+    weight.copy_(300 * (weight - (weight @ common)[:, None] * common))  # or all pictures would be of one class
     torch.save(network.state_dict(), path)
     return path
 
@@ -128,6 +137,99 @@ def class_data(tmp_path):
         for i in range(4):
             Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.JPEG")
     return tmp_path / "classes"
+
+
+def child(action) -> int:
+    """Run `action` in a forked process.  Returns: its number."""
+    if (pid := os.fork()) == 0:
+        code = 70
+        try:
+            sys.stderr = io.StringIO()  # a progress bar
+            action()
+            code = 0
+        except UserError as error:
+            print(error, flush=True)
+            code = 1
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def ended(pid: int) -> int:
+    """Exit code of a child, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def in_ranks(world: int, action) -> None:
+    """Run `action` in forked processes that are a gloo group, and wait for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def rank(number: int):
+        def run() -> None:
+            os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            dist.init("cpu")
+            action()
+            dist.shutdown()
+
+        return run
+
+    assert [ended(pid) for pid in [child(rank(number)) for number in range(world)]] == [0] * world
+
+
+def tiny_features(pictures: torch.Tensor) -> list[torch.Tensor]:
+    """Fixed features and logits of uint8 pictures, in place of Inception's 2048 and 1008."""
+    generator = torch.Generator().manual_seed(0)
+    weight, head = torch.randn(3 * 64, 16, generator=generator), torch.randn(16, 10, generator=generator)
+    features = torch.tanh(torch.nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 8).flatten(1) @ weight)
+    return [features, features @ head]
+
+
+@pytest.fixture
+def tiny_extractor():
+    from util.extractors import Extractor
+
+    return Extractor("tiny sha256:0", tiny_features, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """clip_folder(kind) -> path of a randomly initialised "siglip" or "clip" and its processor; each is made once."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str = "siglip") -> Path:
+        if kind not in made:
+            made[kind] = save_clip(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return get
+
+
+def save_clip(kind: str, folder: Path) -> Path:
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    from demo.tiny_clip import build_processor, build_siglip
+    from demo.tiny_llm import train_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=120)
+    if kind == "siglip":
+        model, processor = build_siglip(len(tokenizer), 16, width=32, depth=1), build_processor(tokenizer, 16)
+    else:
+        size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        text = {**size, "vocab_size": len(tokenizer), "max_position_embeddings": 24, "bos_token_id": 1, "eos_token_id": 4, "pad_token_id": 4}
+        vision = {**size, "image_size": 16, "patch_size": 8}
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+        square = {"size": {"height": 16, "width": 16}, "crop_size": {"height": 16, "width": 16}}
+        processor = CLIPProcessor(CLIPImageProcessor(**square), tokenizer)
+    wake(model, std=0.2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 def wake(net: torch.nn.Module, seed: int = 0, std: float = 0.05) -> torch.nn.Module:

@@ -13,10 +13,12 @@ from conftest import ROOT
 
 import cache_text
 import main_jit
+import prepare_ref
 from main_jit import check_args, get_parser
 from util.errors import UserError
 
 TEXT = ["--model", "JiT-B/16-Text"]
+SWEEP = ["--sweep", "--resume", "x"]
 
 
 def checked(*argv: str) -> argparse.Namespace:
@@ -32,8 +34,10 @@ def test_defaults():
         "max_text_len": 77, "epochs": 200, "warmup_epochs": 5, "batch_size": 128, "accum_iter": 1, "lr": None, "blr": 5e-5, "min_lr": 0,
         "lr_schedule": "constant", "weight_decay": 0, "ema_decay1": 0.9999, "ema_decay2": 0.9996, "P_mean": -0.8, "P_std": 0.8, "noise_scale": 1,
         "t_eps": 0.05, "label_drop_prob": 0.1, "grad_clip": None, "seed": 0, "start_epoch": None, "num_workers": 12, "pin_mem": True,
-        "sampling_method": "heun", "num_sampling_steps": 50, "cfg": 1, "interval_min": 0, "interval_max": 1, "num_images": 50000, "eval_freq": 40,
-        "online_eval": False, "evaluate_gen": False, "generate": False, "gen_bsz": 256, "class_num": 1000, "save_last_freq": 5, "log_freq": 100,
+        "sampling_method": "heun", "num_sampling_steps": 50, "cfg": (1,), "interval_min": 0, "interval_max": 1, "num_images": 50000, "eval_freq": 40,
+        "online_eval": False, "evaluate_gen": False, "sweep": False, "sweep_images": 8000, "interval": None, "eval_ema": ("1",), "save_images": False,
+        "fid_stats": None, "inception_weights": None, "eval_captions": None, "clip_model": None, "precision_recall": False, "fd_dinov2": None,
+        "generate": False, "gen_bsz": 256, "class_num": 1000, "save_last_freq": 5, "log_freq": 100,
         "device": "auto", "llm_layer": "mean", "llm_dtype": "auto", "text_norm": "standardize", "text_cache": "disk", "text_cache_dir": None, "held_out": 64,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in wanted} == wanted
@@ -53,7 +57,7 @@ def test_defaults():
         (["--min_lr", "1e-5"], "--lr_schedule cosine"),
         (["--P_mean", "nan"], "--P_mean nan must be a finite number"),
         (["--cfg", "inf"], "--cfg inf"),
-        (["--generate", "--online_eval", "--resume", "x"], "three runs"),
+        (["--generate", "--online_eval", "--resume", "x"], "--generate and --online_eval are different runs"),
         (["--text_norm", "none"], "no effect on the class model"),
         (["--llm_layer", "-2"], "--llm_layer has no effect on the class model"),
         (["--held_out", "9"], "no effect on the class model"),
@@ -72,7 +76,22 @@ def test_defaults():
         (["--start_epoch", "200"], "--start_epoch 200"),
         (["--generate"], "--generate needs a trained model"),
         (["--evaluate_gen"], "--evaluate_gen needs a trained model"),
-        (["--generate", "--evaluate_gen", "--resume", "x"], "three runs"),
+        (["--generate", "--evaluate_gen", "--resume", "x"], "--generate and --evaluate_gen are different runs"),
+        (["--sweep", "--cfg", "1,2"], "--sweep needs a trained model"),
+        ([*SWEEP], "--sweep needs several settings"),
+        ([*SWEEP, "--cfg", "2,-1"], "--cfg -1.0 must not be negative"),
+        ([*SWEEP, "--interval", "0.9-0.1,0-1"], "--interval 0.9-0.1: wanted 0 <= low <= high <= 1"),
+        ([*SWEEP, "--interval", "0-1,0.1-1", "--interval_min", "0.1"], "give one of them"),
+        ([*SWEEP, "--cfg", "1,2", "--sweep_images", "0"], "--sweep_images 0 must be at least 1"),
+        (["--cfg", "1,2"], "--cfg with several values needs --sweep"),
+        (["--evaluate_gen", "--resume", "x", "--eval_ema", "1,raw"], "--eval_ema with several values needs --sweep"),
+        (["--interval", "0-1"], "--interval is for --sweep"),
+        (["--sweep_images", "10"], "--sweep_images is for --sweep"),
+        (["--save_images"], "--save_images has no effect without --online_eval, --evaluate_gen or --sweep"),
+        (["--generate", "--resume", "x", "--fid_stats", "x.npz"], "--fid_stats has no effect without"),
+        (["--online_eval", "--vgg16_weights", "x"], "--vgg16_weights is for --precision_recall"),
+        (["--online_eval", "--clip_model", "a/b"], "--clip_model has no effect on the class model"),
+        (["--online_eval", "--eval_captions", "x"], "--eval_captions has no effect on the class model"),
         (["--prompt", "猫"], "is for --generate"),
         (["--generate", "--resume", "x", "--prompt", "猫", "--prompts_file", "f"], "give one of them"),
     ],
@@ -81,6 +100,23 @@ def test_values_that_cannot_work(argv, message):
     with pytest.raises(UserError, match=message) as error:
         checked(*argv)
     assert "\n" not in str(error.value)
+
+
+def test_lists_and_ranges():
+    assert checked(*SWEEP, "--cfg", "1.0:4.0:0.1").cfg == tuple(round(1 + 0.1 * i, 10) for i in range(31))
+    assert checked("--cfg", "2.9").cfg == (2.9,) and checked(*SWEEP, "--cfg", "1,2.5").cfg == (1.0, 2.5)
+    assert checked(*SWEEP, "--interval", "0-1,0.1-0.9").interval == ((0.0, 1.0), (0.1, 0.9))
+    assert checked(*SWEEP, "--eval_ema", "1,2,raw").eval_ema == ("1", "2", "raw")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--cfg", "x"], ["--cfg", "1:2"], ["--cfg", "1:2:0"], ["--cfg", "2:1:0.5"], ["--interval", "1"], ["--interval", "a-b"], ["--eval_ema", "3"]]
+)
+def test_lists_that_are_none_are_one_line(argv, capsys):
+    with pytest.raises(SystemExit):
+        get_parser().parse_args(argv)
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: argument {argv[0]}: {argv[1]}: wanted") and printed.count("\n") == 1
 
 
 def test_a_typo_in_any_flag_is_an_error_that_names_the_flag(capsys):
@@ -144,6 +180,10 @@ def test_every_command_in_the_readme_parses(name):
     assert builds
     for line in builds:
         check_args(cache_text.get_parser().parse_args(shlex.split(line)))
+    references = [line.split("prepare_ref.py ", 1)[1] for line in found if "prepare_ref.py " in line]
+    assert references
+    for line in references:
+        prepare_ref.get_parser().parse_args(shlex.split(line))
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     for line in found:
         if line.startswith("make "):
@@ -204,7 +244,7 @@ def test_our_folder_datasets_does_not_disturb_transformers(installed, llm_folder
 def test_nothing_but_main_reads_flags_and_one_module_talks_to_torch_distributed():
     for path in [*ROOT.glob("*.py"), *(ROOT / "util").glob("*.py"), *(ROOT / "datasets").glob("*.py")]:
         source = path.read_text(encoding="utf-8")
-        if path.name not in ("main_jit.py", "cache_text.py", "checkpoint.py", "demo.py"):
+        if path.name not in ("main_jit.py", "cache_text.py", "prepare_ref.py", "checkpoint.py", "demo.py"):
             assert "argparse" not in source, path
         if path.name != "distributed.py":
             assert "torch.distributed" not in source.split('"""', 2)[-1], path

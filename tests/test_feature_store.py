@@ -1,6 +1,5 @@
 """The feature store on disk, and the conditions read from it: whole or not at all, the same bytes whatever happened, never stale."""
 
-import io
 import json
 import os
 import pickle
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, ROOT, write_text_data
+from conftest import CAPTIONS, ROOT, child, ended, write_text_data
 
 import cache_text
 import text_features
@@ -40,27 +39,6 @@ def prepare(folder, llm, captions=MANY, prompts=("富士山",), cache="disk", no
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def child(action) -> int:
-    """Run `action` in a forked process.  Returns: its number."""
-    if (pid := os.fork()) == 0:
-        code = 70
-        try:
-            sys.stderr = io.StringIO()  # a progress bar
-            action()
-            code = 0
-        except UserError as error:
-            print(error, flush=True)
-            code = 1
-        finally:
-            os._exit(code)
-    return pid
-
-
-def ended(pid: int) -> int:
-    """Exit code of a child, or minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_disk_memory_and_the_live_encoder_give_the_same_features(llm_folder, tmp_path):

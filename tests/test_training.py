@@ -89,11 +89,10 @@ def test_two_ranks_train_evaluate_resume_and_equal_one_process_with_the_double_b
         done = torchrun(2, *flags(text_data, llm_folder(), two, *parts, "--epochs", epochs))
         assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed" in done.stdout and "next epoch 1, step 2" in done.stdout
-    assert "FID and IS are left out" in done.stdout or "FID-6" in done.stdout
+    assert "FID and IS are left out" in done.stdout  # the tests' cache has no Inception weights
     a, b = weights(one), weights(two)
     assert moved(a) > 1e-4
     assert_same_training(a, b, exact=False)
-    assert len(list((two / "eval" / "epoch-1").glob("*.png"))) in (0, 6)
 
 
 def test_the_llm_is_bit_identical_after_training_and_in_no_checkpoint(text_data, llm_folder, tmp_path, monkeypatch):
@@ -141,30 +140,6 @@ def test_a_trained_model_recalls_the_picture_of_each_caption(tmp_path, llm_folde
         assert nearest == colour, (i, drawn)
     gap = {name: scalars(out, f"text_gap/{name}") for name in ("loss", "shuffled", "null")}
     assert abs(gap["shuffled"][0]) < 0.05 and gap["shuffled"][-1] > 10 * gap["loss"][-1] and gap["null"][-1] > gap["loss"][-1]
-
-
-def test_pictures_do_not_depend_on_the_batch_they_are_drawn_in(text_data, llm_folder, tmp_path):
-    argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 2)
-    run(*argv)
-    drawn = []
-    for size in (1, 4, 7):
-        run(*argv, "--resume", str(tmp_path / "out"), "--evaluate_gen", "--gen_bsz", str(size))
-        files = sorted((tmp_path / "out" / "eval").glob("*.png"))
-        drawn.append(torch.stack([torch.tensor(list(Image.open(file).tobytes()), dtype=torch.int) for file in files]))
-    assert drawn[0].shape == (6, 16 * 16 * 3) and drawn[0].float().std() > 5
-    assert all((other - drawn[0]).abs().max() <= 1 for other in drawn[1:])  # one level of 255: rounding
-
-
-def test_figures_against_the_data_itself(text_data, llm_folder, tmp_path, monkeypatch):
-    from test_util import tiny_extractor
-
-    monkeypatch.setattr("util.metrics.load_inception", lambda device: tiny_extractor)
-    argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1, "--online_eval", "--num_images", 16)
-    run(*argv)
-    assert (text_data / "fid_stats_16.npz").is_file()
-    for tag in ("train_loss", "lr", "grad_norm", "images_per_second", "is", "text_gap/grad_norm"):
-        assert scalars(tmp_path / "out", tag), tag
-    assert scalars(tmp_path / "out", "fid")[0] > 0
 
 
 def test_evaluation_leaves_the_training_state_as_it_was(text_data, llm_folder, tmp_path):
@@ -333,7 +308,7 @@ def test_an_evaluation_encodes_only_the_captions_that_it_draws(text_data, llm_fo
     argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1)
     run(*argv)
     capsys.readouterr()
-    run(*argv, "--resume", str(tmp_path / "out"), "--evaluate_gen", "--num_images", "2", "--text_cache_dir", str(tmp_path / "new"))
+    run(*argv, "--resume", str(tmp_path / "out"), "--evaluate_gen", "--save_images", "--num_images", "2", "--text_cache_dir", str(tmp_path / "new"))
     assert "holds 0 of 13 texts" in capsys.readouterr().out  # two captions, ten test prompts, the empty one
-    run(*argv, "--resume", str(tmp_path / "out"), "--evaluate_gen")
+    run(*argv, "--resume", str(tmp_path / "out"), "--evaluate_gen", "--save_images")
     assert "the LLM is not loaded" in capsys.readouterr().out
