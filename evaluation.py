@@ -66,13 +66,14 @@ class Measure(Protocol):
         """Rank 0's are the figures.  Collective."""
 
     def facts(self, subjects: Subjects) -> dict[str, Any]:
-        """What they depend on besides the pictures."""
+        """What they depend on besides the pictures.  For rank 0 alone."""
 
 
 class Frechet:
     """Fréchet distance of the first layer's features to the reference and, where there are logits, the Inception score."""
 
-    def __init__(self, name: str, extractor: Extractor, reference: Reference):
+    def __init__(self, name: str, extractor: Extractor, reference: Reference | None):
+        """reference: rank 0's."""
         self.name, self.extractor, self.reference = name, extractor, reference
 
     def begin(self, subjects: Subjects) -> None:
@@ -259,12 +260,12 @@ def is_kept(path: Path, dataset: PictureDataset, root: str, extractor: Extractor
     return all(facts.get(name) == value for name, value in wanted.items())
 
 
-def kept_reference(dataset: PictureDataset, root: str, extractor: Extractor, path: Path, batch_size: int, num_workers: int) -> Reference:
-    """The data's own statistics, made where `path` does not hold them.  Collective."""
+def kept_reference(dataset: PictureDataset, root: str, extractor: Extractor, path: Path, batch_size: int, num_workers: int) -> Reference | None:
+    """The data's own statistics, made where `path` does not hold them; rank 0 gets them.  Collective."""
     kept = dist.from_main(dist.is_main() and is_kept(path, dataset, root, extractor))
     if not kept:
         make_reference(dataset, root, extractor, path, batch_size, num_workers)
-    return reference.read(path)
+    return reference.read(path) if dist.is_main() else None
 
 
 def evaluate(
@@ -313,9 +314,9 @@ def digest_of(net: nn.Module) -> str:
 
 
 def call_out_initial(state: TrainState, weights: str) -> None:
-    """An average that still holds much of the initial weights draws noise, however well training goes."""
+    """An average that still holds much of the initial weights draws noise, however well training goes.  A published file says no step."""
     shares = {str(i + 1): ema.initial_share(state.step) for i, ema in enumerate(state.emas)}
-    if shares.get(weights, 0) >= MUCH_INITIAL:
+    if state.step and shares.get(weights, 0) >= MUCH_INITIAL:
         better = ["raw", *(other for other, share in shares.items() if share < MUCH_INITIAL)]
         say(f"warning: EMA {weights} is {shares[weights]:.0%} initial weights at step {state.step:,}; use --eval_ema {' or '.join(better)}")
 
@@ -324,7 +325,7 @@ def describe(weights: str, step: int, sampler: SamplerConfig, seed: int) -> str:
     """How pictures were drawn, in a line."""
     which = "raw weights" if weights == "raw" else f"EMA {weights}"
     low, high = sampler.cfg_interval
-    return f"{which} at step {step}, cfg {sampler.cfg_scale:g} in {low:g}-{high:g}, {sampler.method} {sampler.steps}, seed {seed}"
+    return f"{which}{f' at step {step}' if step else ''}, cfg {sampler.cfg_scale:g} in {low:g}-{high:g}, {sampler.method} {sampler.steps}, seed {seed}"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from util.ema import Ema
 from util.errors import UserError, leave
 from util.files import writable_folder
 from util.logging import Board, progress, say
+from util.metrics import NEIGHBOURHOOD
 from util.randomness import derive
 from util.reference import Reference
 
@@ -317,6 +318,8 @@ def check_args(args: argparse.Namespace) -> None:
 def check_evaluation(args: argparse.Namespace, defaults: argparse.Namespace, require: Callable[[bool, str], None]) -> None:
     for flag in EVALUATION_FLAGS:
         require(evaluates(args) or not getattr(args, flag), f"--{flag} has no effect without --online_eval, --evaluate_gen or --sweep")
+    few = min([args.num_images, args.sweep_images][: 1 + args.sweep])
+    require(few > NEIGHBOURHOOD or not args.precision_recall, f"--precision_recall needs more than {NEIGHBOURHOOD} pictures, and {few} are asked for")
     require(args.vgg16_weights is None or args.precision_recall, "--vgg16_weights is for --precision_recall; add that, or leave it out")
     several = [f"--{flag}" for flag in ("cfg", "eval_ema") if len(getattr(args, flag)) > 1]
     if args.sweep:
@@ -540,7 +543,7 @@ def make_measures(args: argparse.Namespace, networks: Networks, dataset: Picture
     """Makes the data's own reference statistics where there are none.  Collective."""
     place = Path(args.data_path) if os.access(args.data_path, os.W_OK) else output_dir
 
-    def own(extractor: extractors.Extractor, name: str) -> Reference:
+    def own(extractor: extractors.Extractor, name: str) -> Reference | None:
         return evaluation.kept_reference(dataset, args.data_path, extractor, place / f"{name}_{args.img_size}.npz", args.gen_bsz, workers(args))
 
     measures: list[evaluation.Measure] = []
@@ -557,6 +560,8 @@ def make_measures(args: argparse.Namespace, networks: Networks, dataset: Picture
     for flag, network in (("precision_recall", networks.vgg16), ("fd_dinov2", networks.dinov2)):
         if network and not dataset:
             raise UserError(f"--{flag}: no data to compare with at --data_path {args.data_path}")
+    if networks.vgg16 and len(dataset) <= NEIGHBOURHOOD:
+        raise UserError(f"--precision_recall needs more than {NEIGHBOURHOOD} pictures, and --data_path {args.data_path} holds {len(dataset)}")
     if networks.vgg16:
         measures.append(evaluation.Manifold(networks.vgg16, dataset, args.gen_bsz, workers(args)))
     if networks.dinov2:
@@ -564,8 +569,10 @@ def make_measures(args: argparse.Namespace, networks: Networks, dataset: Picture
     return measures
 
 
-def read_reference(args: argparse.Namespace, inception: extractors.Extractor) -> Reference:
-    """That of --fid_stats, of this size and network."""
+def read_reference(args: argparse.Namespace, inception: extractors.Extractor) -> Reference | None:
+    """That of --fid_stats, of this size and network; rank 0 gets it."""
+    if not dist.is_main():
+        return None
     found = reference.read(Path(args.fid_stats))
     reference.check(found, inception.identity, extractors.INCEPTION_WIDTH, args.img_size)
     return found

@@ -59,26 +59,10 @@ def save_llm(kind: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory):
-    """Weights of the right shape for torch-fidelity's Inception, random, so scaled that its features do not vanish."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    """Random weights of the right shape for torch-fidelity's Inception."""
+    from benchmarks.evaluation import random_inception
 
-    class Blank(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *args):
-            pass
-
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save({}, path)
-    torch.manual_seed(0)
-    network = Blank("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-    pictures = torch.stack([torch.full((3, 32, 32), level, dtype=torch.uint8) for level in (0, 127, 255)])
-    common = torch.nn.functional.normalize(network(pictures)[0].mean(0), dim=0)
-    weight = network.fc.weight.data
-    weight.copy_(300 * (weight - (weight @ common)[:, None] * common))  # or all pictures would be of one class
-    torch.save(network.state_dict(), path)
-    return path
+    return random_inception(tmp_path_factory.mktemp("inception") / "inception.pth")
 
 
 def byte_tokenizer():

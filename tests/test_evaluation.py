@@ -178,6 +178,19 @@ def test_start_noise_follows_from_seed_and_number_alone(monkeypatch):
     assert torch.equal(noises[1], noises[64][:1]) and torch.equal(noises[7], noises[64][:7])
 
 
+def test_memory_grows_by_the_logits_alone(tiny_extractor):
+    measure = Frechet("fid", tiny_extractor, None)
+    measure.begin(Subjects(torch.arange(0)))
+
+    def held():
+        return sum(tensor.untyped_storage().nbytes() for tensor in [measure.moments.sum, measure.moments.outer, *measure.logits.rows])
+
+    measure.add([0, 1], random_pictures(2, 0))
+    before = held()
+    measure.add(list(range(2, 102)), random_pictures(100, 1))
+    assert held() - before == 100 * 10 * 4  # float32 logits
+
+
 def test_pictures_are_measured_as_the_png_that_would_be_kept(tmp_path, tiny_extractor):
     seen = {}
     probe = SimpleNamespace(begin=lambda s: None, add=lambda n, p: seen.update(zip(n, p)), figures=lambda: {})
@@ -540,6 +553,9 @@ def test_averages_that_are_still_initial_are_called_out(capsys):
     state = SimpleNamespace(emas=[slow, fast], step=6000)
     evaluation.call_out_initial(state, "1")
     assert capsys.readouterr().out == "warning: EMA 1 is 55% initial weights at step 6,000; use --eval_ema raw\n"
+    state.step = 0  # a published file, which does not say
+    evaluation.call_out_initial(state, "1")
+    assert capsys.readouterr().out == "" and "step" not in evaluation.describe("1", 0, SamplerConfig(), 0)
     state.step = 12000
     evaluation.call_out_initial(state, "1")
     assert "30% initial weights at step 12,000; use --eval_ema raw or 2" in capsys.readouterr().out
