@@ -60,7 +60,7 @@ def digits(count: int, size: int) -> Iterator[tuple[str, Image.Image]]:
 
 
 def bench_speed(args: argparse.Namespace, weights: Path) -> None:
-    print("| model | size | pictures | processes | pictures/s | drawing | features | rest |\n|---|---|---|---|---|---|---|---|")
+    print("| model | size | pictures | processes | pictures/s | drawing | features | rest | FID |\n|---|---|---|---|---|---|---|---|---|")
     for model, size, steps, count, batch in CASES[args.device]:
         data, run = args.out / f"data{size}", args.out / f"run{size}"
         for i, (colour, picture) in enumerate(digits(64, size)):
@@ -91,9 +91,13 @@ def bench_speed(args: argparse.Namespace, weights: Path) -> None:
             threads = str(max(1, (os.cpu_count() or 1) // processes))
             subprocess.run([sys.executable, *command, "--device", args.device], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": threads})
             (record,) = (run / "eval").glob("*.json")
-            made = json.loads(record.read_text())["made"]
+            found = json.loads(record.read_text())
+            made = found["made"]
             shares = " | ".join(f"{made['seconds'][part]:.1f} s" for part in ("drawing", "features", "rest"))
-            print(f"| {model}, Heun {steps} | {size} | {count} | {processes} | {made['pictures_per_second']:.2f} | {shares} |", flush=True)
+            print(
+                f"| {model}, Heun {steps} | {size} | {count} | {processes} | {made['pictures_per_second']:.2f} | {shares} | {found['figures']['fid']:.4f} |",
+                flush=True,
+            )
 
 
 def bench_equality(args: argparse.Namespace, weights: Path) -> None:
