@@ -318,7 +318,7 @@ def check_args(args: argparse.Namespace) -> None:
 def check_evaluation(args: argparse.Namespace, defaults: argparse.Namespace, require: Callable[[bool, str], None]) -> None:
     for flag in EVALUATION_FLAGS:
         require(evaluates(args) or not getattr(args, flag), f"--{flag} has no effect without --online_eval, --evaluate_gen or --sweep")
-    few = min([args.num_images, args.sweep_images][: 1 + args.sweep])
+    few = min(evaluation_sizes(args), default=0)
     require(few > NEIGHBOURHOOD or not args.precision_recall, f"--precision_recall needs more than {NEIGHBOURHOOD} pictures, and {few} are asked for")
     require(args.vgg16_weights is None or args.precision_recall, "--vgg16_weights is for --precision_recall; add that, or leave it out")
     several = [f"--{flag}" for flag in ("cfg", "eval_ema") if len(getattr(args, flag)) > 1]
@@ -337,6 +337,11 @@ def check_evaluation(args: argparse.Namespace, defaults: argparse.Namespace, req
 
 def evaluates(args: argparse.Namespace) -> bool:
     return args.online_eval or args.evaluate_gen or args.sweep
+
+
+def evaluation_sizes(args: argparse.Namespace) -> list[int]:
+    """Numbers of pictures that the run's evaluations draw."""
+    return [args.num_images] * evaluates(args) + [args.sweep_images] * args.sweep
 
 
 def trains(args: argparse.Namespace) -> bool:
@@ -424,7 +429,7 @@ def choose_subjects(args: argparse.Namespace, dataset: PictureDataset | None, ca
 
     Args: captions: the data's, and after them those of --eval_captions.
     """
-    counts = [args.num_images, args.sweep_images][: 1 + args.sweep] if evaluates(args) else []
+    counts = evaluation_sizes(args)
     if not args.is_text:
         classes = len(dataset.classes) if dataset else args.class_num
         return {count: Subjects(torch.arange(count) % classes) for count in counts}
@@ -724,8 +729,10 @@ def train_config(args: argparse.Namespace, data_size: int, bf16: bool) -> engine
 def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path | None, prompts: list, device: torch.device) -> Run:
     """Data, features, network and weights, the cheap and the fallible first.  Collective."""
     output_dir = writable_folder(args.output_dir, "--output_dir")
-    if evaluates(args) and min([args.num_images, args.sweep_images][: 1 + args.sweep]) < dist.world_size():
-        raise UserError(f"--num_images {args.num_images} or --sweep_images {args.sweep_images} is less than the {dist.world_size()} processes")
+    if evaluates(args) and min(evaluation_sizes(args)) < dist.world_size():
+        raise UserError(
+            f"an evaluation of {min(evaluation_sizes(args))} pictures (--num_images, --sweep_images) is fewer than the {dist.world_size()} processes"
+        )
     networks = find_networks(args, device) if evaluates(args) else Networks()
     check_measurable(args, networks != Networks())
     dataset = make_dataset(args) if needs_data(args) else None
