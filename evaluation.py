@@ -24,8 +24,8 @@ from engine_jit import Painter, TrainState, drawing_with, save_pictures
 from util import distributed as dist
 from util import metrics, reference
 from util.errors import UserError
-from util.extractors import Clip, Extractor
-from util.files import write_whole
+from util.extractors import AT_A_TIME, Clip, Extractor
+from util.files import writable_folder, write_whole
 from util.logging import progress, say
 from util.randomness import stream
 from util.reference import Reference
@@ -101,8 +101,8 @@ class Frechet:
 class Manifold:
     """Precision and recall against as many pictures of the data, spread over it."""
 
-    def __init__(self, extractor: Extractor, dataset: PictureDataset, batch_size: int, num_workers: int):
-        self.extractor, self.dataset, self.batch_size, self.num_workers = extractor, dataset, batch_size, num_workers
+    def __init__(self, extractor: Extractor, dataset: PictureDataset, num_workers: int):
+        self.extractor, self.dataset, self.num_workers = extractor, dataset, num_workers
         self.real: dict[int, Tensor] = {}  # features by number of pictures
 
     def begin(self, subjects: Subjects) -> None:
@@ -110,7 +110,7 @@ class Manifold:
         if self.count not in self.real:
             real = metrics.NumberedRows()
             chosen = [spread(i, len(self.dataset), self.count) for i in range(self.count)]
-            for places, pictures in read_pictures(self.dataset, chosen, self.batch_size, self.num_workers):
+            for places, pictures in read_pictures(self.dataset, chosen, self.num_workers):
                 real.add(places, self.extractor(pictures)[0])
             self.real[self.count] = real.in_order()
         self.drawn = metrics.NumberedRows()
@@ -126,7 +126,9 @@ class Manifold:
         return dict(zip(("precision", "recall"), metrics.precision_recall(drawn.to(device), self.real[self.count].to(device))))
 
     def facts(self, subjects: Subjects) -> dict[str, Any]:
-        return {"precision_recall": {"extractor": self.extractor.identity, "real": self._count(subjects), "neighbourhood": metrics.NEIGHBOURHOOD}}
+        return {
+            "precision_recall": {"extractor": self.extractor.identity, "real_pictures_asked_for": self._count(subjects), "neighbourhood": metrics.NEIGHBOURHOOD}
+        }
 
     def _count(self, subjects: Subjects) -> int:
         return min(len(subjects), len(self.dataset))
@@ -205,11 +207,11 @@ def _stacked(rows: list[tuple[int, Tensor | None]]) -> tuple[int, list[int], Ten
     return len(rows), [number for number, _ in found], torch.stack([picture for _, picture in found]) if found else torch.empty(0)
 
 
-def read_pictures(dataset: PictureDataset, chosen: Sequence[int], batch_size: int, num_workers: int) -> Iterator[tuple[list[int], Tensor]]:
+def read_pictures(dataset: PictureDataset, chosen: Sequence[int], num_workers: int) -> Iterator[tuple[list[int], Tensor]]:
     """This rank's share of the pictures `chosen`: their places in it, and (B, 3, H, W) uint8; unreadable ones are left out."""
     share = _Share(dataset, chosen)
     generator = torch.Generator()  # or the loader would draw from the one that training may use
-    loader = DataLoader(share, batch_size, num_workers=num_workers, collate_fn=_stacked, generator=generator)
+    loader = DataLoader(share, AT_A_TIME, num_workers=num_workers, collate_fn=_stacked, generator=generator)
     with progress(len(share), "reference", unit="picture") as bar:
         for count, places, pictures in loader:
             if places:
@@ -217,32 +219,18 @@ def read_pictures(dataset: PictureDataset, chosen: Sequence[int], batch_size: in
             bar.update(count)
 
 
-def fingerprint(dataset: PictureDataset, root: str) -> str:
-    """Of the names of all picture files."""
-    value = hashlib.sha256()
+def facts_of(dataset: PictureDataset, root: str, extractor: Extractor) -> dict[str, str | int]:
+    """What the data's own statistics are of; the files by their names."""
+    names = hashlib.sha256()
     for path in dataset.paths:
-        value.update(path.removeprefix(root).encode("utf-8", "surrogateescape") + b"\n")
-    return value.hexdigest()[:32]
-
-
-def make_reference(dataset: PictureDataset, root: str, extractor: Extractor, path: Path, batch_size: int, num_workers: int) -> None:
-    """Statistics of all pictures under the training's crop into `path`.  Collective.
-
-    Raises: UserError where over 1 % of the files cannot be read.
-    """
-    say(f"reference statistics of {len(dataset)} pictures, made once, kept in {path}")
-    moments = metrics.Moments()
-    for _, pictures in read_pictures(dataset, range(len(dataset)), batch_size, num_workers):
-        moments.add(extractor(pictures)[0])
-    values, count = moments.statistics()
-    if len(dataset) - count > 0.01 * len(dataset):
-        raise UserError(f"{len(dataset) - count} of {len(dataset)} pictures below {root} cannot be read, over 1 %: no reference statistics are made")
-    if count < len(dataset):
-        say(f"{len(dataset) - count} unreadable pictures are left out of {path}")
-    if dist.is_main():
-        facts = {"extractor": extractor.identity, "img_size": dataset.img_size, "crop": reference.CROP, "n": count, "files": len(dataset)}
-        reference.write(path, values, facts | {"data": fingerprint(dataset, root)})
-    dist.barrier()
+        names.update(path.removeprefix(str(Path(root))).encode("utf-8", "surrogateescape") + b"\n")
+    return {
+        "extractor": extractor.identity,
+        "img_size": dataset.img_size,
+        "crop": reference.CROP,
+        "files": len(dataset),
+        "data": names.hexdigest()[:32],
+    }
 
 
 def is_kept(path: Path, dataset: PictureDataset, root: str, extractor: Extractor) -> bool:
@@ -256,16 +244,30 @@ def is_kept(path: Path, dataset: PictureDataset, root: str, extractor: Extractor
         return False
     if "data" not in facts:
         raise UserError(f"{path} does not say which pictures it is of; name it by --fid_stats, or move it away for statistics of the data itself")
-    wanted = {"extractor": extractor.identity, "img_size": dataset.img_size, "crop": reference.CROP, "files": len(dataset), "data": fingerprint(dataset, root)}
-    return all(facts.get(name) == value for name, value in wanted.items())
+    return all(facts.get(name) == value for name, value in facts_of(dataset, root, extractor).items())
 
 
-def kept_reference(dataset: PictureDataset, root: str, extractor: Extractor, path: Path, batch_size: int, num_workers: int) -> Reference | None:
-    """The data's own statistics, made where `path` does not hold them; rank 0 gets them.  Collective."""
-    kept = dist.from_main(dist.is_main() and is_kept(path, dataset, root, extractor))
-    if not kept:
-        make_reference(dataset, root, extractor, path, batch_size, num_workers)
-    return reference.read(path) if dist.is_main() else None
+def make_reference(dataset: PictureDataset, root: str, extractor: Extractor, path: Path, num_workers: int) -> None:
+    """Statistics of all pictures under the training's crop into `path`.  Collective.
+
+    Raises: UserError where over 1 % of the files cannot be read, or the file not be written.
+    """
+    if len(set(seen := dist.gather_objects(len(dataset)))) > 1:
+        raise UserError(f"the processes see different data (pictures): {seen}; do all nodes see the same --data_path?")
+    if dist.is_main():
+        writable_folder(path.parent, "reference statistics:")
+    say(f"reference statistics of {len(dataset)} pictures, made once, kept in {path}")
+    moments = metrics.Moments()
+    for _, pictures in read_pictures(dataset, range(len(dataset)), num_workers):
+        moments.add(extractor(pictures)[0])
+    values, count = moments.statistics()
+    if len(dataset) - count > 0.01 * len(dataset):
+        raise UserError(f"{len(dataset) - count} of {len(dataset)} pictures below {root} cannot be read, over 1 %: no reference statistics are made")
+    if count < len(dataset):
+        say(f"{len(dataset) - count} unreadable pictures are left out of {path}")
+    if dist.is_main():
+        reference.write(path, values, facts_of(dataset, root, extractor) | {"n": count})
+    dist.barrier()
 
 
 def evaluate(
@@ -321,7 +323,7 @@ def call_out_initial(state: TrainState, weights: str) -> None:
         say(f"warning: EMA {weights} is {shares[weights]:.0%} initial weights at step {state.step:,}; use --eval_ema {' or '.join(better)}")
 
 
-def describe(weights: str, step: int, sampler: SamplerConfig, seed: int) -> str:
+def describe(weights: str, step: int | None, sampler: SamplerConfig, seed: int) -> str:
     """How pictures were drawn, in a line."""
     which = "raw weights" if weights == "raw" else f"EMA {weights}"
     low, high = sampler.cfg_interval
@@ -341,13 +343,14 @@ class Record:
         sampling = self.setting["sampling"]
         low, high = sampling["cfg_interval"]
         weights = self.setting["weights"]["which"]
-        name = f"{weights if weights == 'raw' else f'ema{weights}'}_cfg{sampling['cfg_scale']:g}_{low:g}-{high:g}"
+        name = f"{weights if weights == 'raw' else f'ema{weights}'}_cfg{sampling['cfg_scale']:g}_{low:g}-{high:g}_{sampling['method']}{sampling['steps']}"
         return f"{self.setting['img_size']}px_{name}"
 
     @property
     def name(self) -> str:
         digest = hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode()).hexdigest()[:8]
-        return f"step{self.setting['weights']['step']}_{self.place}_{short(self.setting['pictures'])}_{digest}"
+        step = self.setting["weights"]["step"]
+        return f"{f'step{step}' if step else 'published'}_{self.place}_{short(self.setting['pictures'])}_{digest}"
 
     def scalars(self) -> dict[str, float]:
         """Under TensorBoard's names, with number, size, weights and guidance in them."""
@@ -386,7 +389,8 @@ class Evaluator:
 
     def __call__(self, weights: str, sampler: SamplerConfig, count: int, save: bool | None = None, again: bool = True) -> Record:
         """Collective.  Without `again` (in a sweep) a record of the same setting that is there already is taken."""
-        call_out_initial(self.state, weights)
+        if again:
+            call_out_initial(self.state, weights)
         save = self.save_images if save is None else save
         with drawing_with(self.state, weights):
             painter, subjects = replace(self.painter, sampler=sampler), self.subjects[count]
@@ -397,7 +401,9 @@ class Evaluator:
                 return known
             folder = self._pictures_folder(path) if save else None
             figures, seconds = evaluate(painter, self.y_of, subjects, self.measures, folder)
-        record = Record(figures, setting, self._made(len(subjects), seconds))
+        if painter.device.type == "cuda":
+            torch.cuda.empty_cache()  # training goes on with tensors of other sizes
+        record = Record(figures, setting, self._made(subjects, seconds))
         self._write(path, record, folder, subjects)
         say(record.line())
         if again:
@@ -408,29 +414,30 @@ class Evaluator:
         decay = None if weights == "raw" else self.state.emas[int(weights) - 1].decay
         setting = {
             **self.facts,
-            "weights": {"which": weights, "decay": decay, "step": self.state.step, "sha256": digest_of(self.state.net)},
+            "weights": {"which": weights, "decay": decay, "step": self.state.step or None, "sha256": digest_of(self.state.net)},
             "img_size": painter.img_size,
             "diffusion": asdict(painter.diffusion),
             "sampling": asdict(painter.sampler),
             "seed": painter.seed,
             "pictures": len(subjects),
-            "subjects": {"source": subjects.source, "sha256": subjects.digest()},
+            "subjects_sha256": subjects.digest(),
             "libraries": {name: version(name) for name in LIBRARIES},
         }
         for measure in self.measures:
             setting |= measure.facts(subjects)
         return as_plain(setting)
 
-    def _made(self, count: int, seconds: Mapping[str, float]) -> dict[str, Any]:
+    def _made(self, subjects: Subjects, seconds: Mapping[str, float]) -> dict[str, Any]:
         device = self.painter.device
         return {
             "checkpoint": self.checkpoint,
+            "subjects": subjects.source,
             "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "processes": dist.world_size(),
             "batch": self.painter.batch_size,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "pictures_per_second": round(count / sum(seconds.values()), 3),
+            "pictures_per_second": round(len(subjects) / sum(seconds.values()), 3),
         }
 
     @staticmethod
@@ -444,8 +451,8 @@ class Evaluator:
     @staticmethod
     def _pictures_folder(path: Path) -> Path:
         folder = path.with_suffix("")
+        folder.mkdir(parents=True, exist_ok=True)
         if dist.is_main():
-            folder.mkdir(parents=True, exist_ok=True)
             for old in folder.glob("*.png"):
                 old.unlink()
         dist.barrier()
@@ -472,6 +479,8 @@ def sweep(
     Combinations measured before are not measured again, so a sweep that was killed goes on. Without guidance there is no interval.
     Returns: the records of the sweep, and that of the best.
     """
+    for which in weights:
+        call_out_initial(evaluator.state, which)
     records = [
         evaluator(which, replace(evaluator.painter.sampler, cfg_scale=scale, cfg_interval=interval), few, save=False, again=False)
         for which in weights

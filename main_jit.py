@@ -324,7 +324,8 @@ def check_evaluation(args: argparse.Namespace, defaults: argparse.Namespace, req
     several = [f"--{flag}" for flag in ("cfg", "eval_ema") if len(getattr(args, flag)) > 1]
     if args.sweep:
         wanted = "try --eval_ema 1,2,raw --cfg 1.0:4.0:0.1 --interval 0-1,0.1-1"
-        require(bool(several) or len(args.interval or ()) > 1, f"--sweep needs several settings to choose from; {wanted}")
+        guided = set(args.cfg) != {1}  # without guidance all intervals are one
+        require(bool(several) or (guided and len(args.interval or ()) > 1), f"--sweep needs several settings to choose from; {wanted}")
         whole = (args.interval_min, args.interval_max) == (defaults.interval_min, defaults.interval_max)
         require(args.interval is None or whole, "--interval, and --interval_min and --interval_max: give one of them")
         for low, high in args.interval or ():
@@ -427,11 +428,13 @@ def store_folder(args: argparse.Namespace) -> Path:
 def choose_subjects(args: argparse.Namespace, dataset: PictureDataset | None, captions: Sequence[str]) -> dict[int, Subjects]:
     """What evaluations draw, by number of pictures: as many labels of each class, or captions spread over those of --eval_captions or the data.
 
+    Classes are those of the data, or where --fid_stats names the reference, all of the model.
+
     Args: captions: the data's, and after them those of --eval_captions.
     """
     counts = evaluation_sizes(args)
     if not args.is_text:
-        classes = len(dataset.classes) if dataset else args.class_num
+        classes = len(dataset.classes) if dataset and not args.fid_stats else args.class_num
         return {count: Subjects(torch.arange(count) % classes) for count in counts}
     own = len(dataset.captions) if dataset else 0
 
@@ -544,43 +547,66 @@ def check_measurable(args: argparse.Namespace, anything: bool) -> None:
         raise UserError("--evaluate_gen has nothing to measure: mend what the lines above say is left out, or keep the pictures by --save_images")
 
 
-def make_measures(args: argparse.Namespace, networks: Networks, dataset: PictureDataset | None, output_dir: Path) -> list[evaluation.Measure]:
-    """Makes the data's own reference statistics where there are none.  Collective."""
-    place = Path(args.data_path) if os.access(args.data_path, os.W_OK) else output_dir
+@dataclass(frozen=True)
+class Kept:
+    """Where the data's own reference statistics are, or will be."""
 
-    def own(extractor: extractors.Extractor, name: str) -> Reference | None:
-        return evaluation.kept_reference(dataset, args.data_path, extractor, place / f"{name}_{args.img_size}.npz", args.gen_bsz, workers(args))
+    extractor: extractors.Extractor
+    path: Path
+    there: bool
 
-    measures: list[evaluation.Measure] = []
-    if networks.inception and (args.fid_stats or dataset):
-        given = read_reference(args, networks.inception) if args.fid_stats else own(networks.inception, "fid_stats")
-        measures.append(evaluation.Frechet("fid", networks.inception, given))
-    elif networks.inception:
+
+def find_references(args: argparse.Namespace, networks: Networks, dataset: PictureDataset | None, output_dir: Path) -> dict[str, Kept]:
+    """By figure; says and raises what can be known before anything is computed.  Collective.
+
+    A file beside the data is used where it is the data's, also where nothing can be written there.
+    """
+    compared = [f"--{flag}" for flag in ("precision_recall", "fd_dinov2") if getattr(args, flag)]
+    if compared and not dataset:
+        raise UserError(f"{' and '.join(compared)}: no data to compare with at --data_path {args.data_path}")
+    if networks.vgg16 and len(dataset) <= NEIGHBOURHOOD:
+        raise UserError(f"--precision_recall needs more than {NEIGHBOURHOOD} pictures, and --data_path {args.data_path} holds {len(dataset)}")
+    if networks.inception and not dataset and not args.fid_stats:
         absent = f"no data to compare with at --data_path {args.data_path}, and no --fid_stats"
         if args.sweep:
             raise UserError(f"--sweep chooses by FID: {absent}")
         say(f"FID and IS are left out: {absent}")
-    if networks.clip:
-        measures.append(evaluation.Alignment(networks.clip, args.seed))
-    for flag, network in (("precision_recall", networks.vgg16), ("fd_dinov2", networks.dinov2)):
-        if network and not dataset:
-            raise UserError(f"--{flag}: no data to compare with at --data_path {args.data_path}")
-    if networks.vgg16 and len(dataset) <= NEIGHBOURHOOD:
-        raise UserError(f"--precision_recall needs more than {NEIGHBOURHOOD} pictures, and --data_path {args.data_path} holds {len(dataset)}")
-    if networks.vgg16:
-        measures.append(evaluation.Manifold(networks.vgg16, dataset, args.gen_bsz, workers(args)))
-    if networks.dinov2:
-        measures.append(evaluation.Frechet("fd_dinov2", networks.dinov2, own(networks.dinov2, "fd_dinov2_stats")))
-    return measures
+
+    def find(extractor: extractors.Extractor, name: str) -> Kept:
+        places = [folder / f"{name}_{args.img_size}.npz" for folder in (Path(args.data_path), output_dir)]
+        kept = [path for path in places if evaluation.is_kept(path, dataset, args.data_path, extractor)]
+        return Kept(extractor, kept[0] if kept else places[not os.access(args.data_path, os.W_OK)], bool(kept))
+
+    wanted = {"fid": (networks.inception, "fid_stats")} if dataset and not args.fid_stats else {}
+    wanted |= {"fd_dinov2": (networks.dinov2, "fd_dinov2_stats")}
+    wanted = {figure: pair for figure, pair in wanted.items() if pair[0]}
+    found = dist.from_main({figure: (kept.path, kept.there) for figure, pair in wanted.items() for kept in [find(*pair)]} if dist.is_main() else None)
+    return {figure: Kept(wanted[figure][0], *place) for figure, place in found.items()}
 
 
-def read_reference(args: argparse.Namespace, inception: extractors.Extractor) -> Reference | None:
+def read_reference(args: argparse.Namespace, networks: Networks) -> Reference | None:
     """That of --fid_stats, of this size and network; rank 0 gets it."""
-    if not dist.is_main():
+    if not args.fid_stats or not dist.is_main():
         return None
     found = reference.read(Path(args.fid_stats))
-    reference.check(found, inception.identity, extractors.INCEPTION_WIDTH, args.img_size)
+    reference.check(found, networks.inception.identity, extractors.INCEPTION_WIDTH, args.img_size)
     return found
+
+
+def make_measures(
+    args: argparse.Namespace, networks: Networks, dataset: PictureDataset | None, given: Reference | None, references: dict[str, Kept]
+) -> list[evaluation.Measure]:
+    """Makes the data's own reference statistics where there are none.  Collective."""
+    measures: list[evaluation.Measure] = [evaluation.Frechet("fid", networks.inception, given)] if args.fid_stats and networks.inception else []
+    for figure, kept in references.items():
+        if not kept.there:
+            evaluation.make_reference(dataset, args.data_path, kept.extractor, kept.path, workers(args))
+        measures.append(evaluation.Frechet(figure, kept.extractor, reference.read(kept.path) if dist.is_main() else None))
+    if networks.clip:
+        measures.append(evaluation.Alignment(networks.clip, args.seed))
+    if networks.vgg16:
+        measures.append(evaluation.Manifold(networks.vgg16, dataset, workers(args)))
+    return measures
 
 
 def effective_batch(args: argparse.Namespace) -> int:
@@ -735,6 +761,7 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
         )
     networks = find_networks(args, device) if evaluates(args) else Networks()
     check_measurable(args, networks != Networks())
+    given, asked = read_reference(args, networks), read_eval_captions(args)
     dataset = make_dataset(args) if needs_data(args) else None
     seen = dist.gather_objects((len(dataset or ()), saved and (saved.get("epoch"), saved.get("step"))))
     if len(set(seen)) > 1:
@@ -742,14 +769,15 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
             f"the processes see different data or checkpoints (pictures, (epoch, step)): {seen}; do all nodes see the same --data_path and --resume?"
         )
 
-    captions = (dataset.captions if dataset else PackedStrings(())) + PackedStrings(read_eval_captions(args)) if args.is_text else ()
+    references = find_references(args, networks, dataset, output_dir)
+    check_measurable(args, bool(given or references or networks.clip or networks.vgg16))
+    captions = (dataset.captions if dataset else PackedStrings(())) + PackedStrings(asked) if args.is_text else ()
     subjects = choose_subjects(args, dataset, captions)
     if args.is_text:
         conditioning = prepare_text(args, dataset, captions, subjects.values(), prompts, saved["text"] if saved else {}, device)
     else:
         conditioning = Conditioning(engine.LabelConditions(args.class_num), torch.tensor(prompts))
-    measures = make_measures(args, networks, dataset, output_dir)
-    check_measurable(args, bool(measures))
+    measures = make_measures(args, networks, dataset, given, references)
     net = build_network(args, conditioning.width, device)
     emas = make_emas(args, net, saved)
     if saved:
@@ -768,7 +796,8 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
     )
     evaluator = None
     if measures or args.evaluate_gen:
-        facts = {"model": args.model, "precision": "bf16" if uses_bf16(args, device) else "fp32"}
+        made_with = {name: value for name, value in (conditioning.description or {}).items() if not isinstance(value, Tensor)}
+        facts = {"model": args.model, "precision": "bf16" if uses_bf16(args, device) else "fp32", "text": made_with}
         checkpoint_file = None if trains(args) else str(path)
         evaluator = evaluation.Evaluator(
             state, painter, measures, conditioning.conditions, subjects, facts, output_dir / "eval", checkpoint_file, args.save_images
@@ -797,7 +826,7 @@ def start(args: argparse.Namespace) -> None:
     check_args(args)
     prompts = read_prompts(args)
     path = checkpoint.find(args.resume, args.output_dir) if args.resume else None
-    if path is None and (args.generate or args.evaluate_gen):
+    if path is None and not trains(args):
         raise UserError(f"--resume {args.resume} holds no checkpoint yet, so there is nothing to draw with")
     unasked = Path(args.output_dir) / checkpoint.LAST
     if args.resume is None and unasked.exists():

@@ -19,7 +19,7 @@ from util.errors import UserError
 from util.files import writable_folder
 from util.logging import say
 
-SHARED = ("data_path", "img_size", "missing_captions", "inception_weights", "gen_bsz", "num_workers", "device")
+SHARED = ("data_path", "img_size", "missing_captions", "inception_weights", "num_workers", "device")
 
 
 def open_data(args: argparse.Namespace) -> PictureDataset:
@@ -30,7 +30,7 @@ def open_data(args: argparse.Namespace) -> PictureDataset:
 
 
 def build(args: argparse.Namespace) -> None:
-    for flag, least in (("img_size", 1), ("gen_bsz", 1), ("num_workers", 0)):
+    for flag, least in (("img_size", 1), ("num_workers", 0)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag} {getattr(args, flag)} must be at least {least}")
     out = Path(args.out)
@@ -42,7 +42,7 @@ def build(args: argparse.Namespace) -> None:
     if inception is None:
         raise UserError(f"no Inception weights; {extractors.missing(extractors.INCEPTION)}")
     dataset = open_data(args)
-    evaluation.make_reference(dataset, args.data_path, inception, out, args.gen_bsz, workers(args))
+    evaluation.make_reference(dataset, args.data_path, inception, out, workers(args))
     say(f"{out}: statistics of {len(dataset)} pictures of {args.img_size} pixels; give it to --fid_stats")
 
 

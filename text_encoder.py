@@ -165,8 +165,8 @@ class LanguageModel:
         self.config, name = config, config.llm
         hub.check_name("--llm_model_name", name, "llm-jp/llm-jp-3-150m")
         with hub.in_one_line("--llm_model_name", name):
-            self.architecture = AutoConfig.from_pretrained(name, revision=config.revision)
-            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
+            self.architecture = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=False)
             puts_bos = get_tokenizer_config(name, revision=config.revision).get("add_bos_token")
         longest = getattr(self.architecture.get_text_config(), "max_position_embeddings", None)
         if longest is not None and config.max_text_len > longest:
@@ -200,7 +200,9 @@ class LanguageModel:
 
         config = self.config
         with hub.in_one_line("--llm_model_name", config.llm):
-            llm, report = AutoModel.from_pretrained(config.llm, revision=config.revision, dtype=DTYPES[config.dtype], output_loading_info=True)
+            llm, report = AutoModel.from_pretrained(
+                config.llm, revision=config.revision, dtype=DTYPES[config.dtype], output_loading_info=True, trust_remote_code=False
+            )
         missing = [key for key in report["missing_keys"] if "pooler" not in key]  # BERT's pooler is not used here
         if missing:
             raise UserError(f"--llm_model_name {config.llm}: {len(missing)} weights are missing from its files, first {missing[0]}")

@@ -79,9 +79,11 @@ def test_defaults():
         (["--generate", "--evaluate_gen", "--resume", "x"], "--generate and --evaluate_gen are different runs"),
         (["--sweep", "--cfg", "1,2"], "--sweep needs a trained model"),
         ([*SWEEP], "--sweep needs several settings"),
+        ([*SWEEP, "--interval", "0-1,0.1-1"], "--sweep needs several settings"),
+        (["--evaluate_gen", "--resume", "x", "--precision_recall", "--num_images", "3"], "needs more than 3 pictures, and 3 are asked for"),
         ([*SWEEP, "--cfg", "2,-1"], "--cfg -1.0 must not be negative"),
-        ([*SWEEP, "--interval", "0.9-0.1,0-1"], "--interval 0.9-0.1: wanted 0 <= low <= high <= 1"),
-        ([*SWEEP, "--interval", "0-1,0.1-1", "--interval_min", "0.1"], "give one of them"),
+        ([*SWEEP, "--cfg", "2", "--interval", "0.9-0.1,0-1"], "--interval 0.9-0.1: wanted 0 <= low <= high <= 1"),
+        ([*SWEEP, "--cfg", "2", "--interval", "0-1,0.1-1", "--interval_min", "0.1"], "give one of them"),
         ([*SWEEP, "--cfg", "1,2", "--sweep_images", "0"], "--sweep_images 0 must be at least 1"),
         (["--cfg", "1,2"], "--cfg with several values needs --sweep"),
         (["--evaluate_gen", "--resume", "x", "--eval_ema", "1,raw"], "--eval_ema with several values needs --sweep"),
@@ -105,7 +107,7 @@ def test_values_that_cannot_work(argv, message):
 def test_lists_and_ranges():
     assert checked(*SWEEP, "--cfg", "1.0:4.0:0.1").cfg == tuple(round(1 + 0.1 * i, 10) for i in range(31))
     assert checked("--cfg", "2.9").cfg == (2.9,) and checked(*SWEEP, "--cfg", "1,2.5").cfg == (1.0, 2.5)
-    assert checked(*SWEEP, "--interval", "0-1,0.1-0.9").interval == ((0.0, 1.0), (0.1, 0.9))
+    assert checked(*SWEEP, "--cfg", "2", "--interval", "0-1,0.1-0.9").interval == ((0.0, 1.0), (0.1, 0.9))
     assert checked(*SWEEP, "--eval_ema", "1,2,raw").eval_ema == ("1", "2", "raw")
 
 

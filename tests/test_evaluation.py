@@ -3,13 +3,14 @@
 import json
 import pickle
 import random
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import CAPTIONS, ROOT, in_ranks, tiny_features, wake, write_text_data
+from conftest import CAPTIONS, ROOT, in_ranks, load_encoder, tiny_features, wake, write_text_data
 from PIL import Image
 from test_training import flags, run, scalars
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -134,8 +135,8 @@ def test_a_whole_evaluation_equals_torch_fidelity_on_the_pictures_it_keeps(text_
     assert setting["weights"]["step"] == 2 and setting["seed"] == 0 and setting["libraries"]["torch-fidelity"].startswith("0.4")
     assert setting["sampling"] == {"method": "heun", "steps": 2, "cfg_scale": 2.0, "cfg_interval": [0.0, 1.0]}
     assert record["made"]["checkpoint"] == str(out / "checkpoint-last.pth") and set(record["made"]["seconds"]) == {"drawing", "features", "rest"}
-    assert scalars(out, "FID-12/16px_ema1_cfg2_0-1") == [pytest.approx(record["figures"]["fid"], rel=1e-6)]
-    assert scalars(out, "R-precision-12/16px_ema1_cfg2_0-1") is not None
+    assert scalars(out, "FID-12/16px_ema1_cfg2_0-1_heun2") == [pytest.approx(record["figures"]["fid"], rel=1e-6)]
+    assert scalars(out, "R-precision-12/16px_ema1_cfg2_0-1_heun2") is not None
 
 
 def make_painter(batch_size):
@@ -246,12 +247,16 @@ def test_files_that_are_no_statistics_are_one_line_and_run_nothing(tmp_path):
     np.savez(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.eye(2))
     np.savez(tmp_path / "nan.npz", mu=np.array([np.nan]), sigma=np.eye(1))
     np.savez(tmp_path / "object.npz", mu=np.array([Hostile(tmp_path)], dtype=object), sigma=np.eye(1))
+    np.savez(tmp_path / "text.npz", mu=np.array(["a"]), sigma=np.eye(1))
+    np.savez(tmp_path / "data.npz", mu=np.zeros(1), sigma=np.eye(1), data=np.zeros(5), n=np.zeros(2))
+    assert reference.read(tmp_path / "data.npz").facts == {}  # arrays of another meaning
     (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Hostile(tmp_path)))
     (tmp_path / "cut.npz").write_bytes(written(tmp_path / "whole.npz").read_bytes()[:200])
     for name, message in [
         ("mean", "wanted the arrays mu and sigma, found mean"),
         ("shape", r"mu is \(3,\) and sigma \(2, 2\)"),
         ("nan", "not all of its numbers are finite"),
+        ("text", "not readable as reference statistics"),
         ("object", "not readable as reference statistics"),
         ("pickle", "not readable as reference statistics"),
         ("cut", "not readable as reference statistics"),
@@ -263,17 +268,22 @@ def test_files_that_are_no_statistics_are_one_line_and_run_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_datas_own_statistics_are_kept_and_made_anew_when_the_data_changes(text_data, tiny_extractor, tmp_path, capsys):
+def test_the_datas_own_statistics_are_kept_and_made_anew_when_the_data_changes(text_data, tiny_extractor, tmp_path, capsys, monkeypatch):
     path = tmp_path / "stats.npz"
 
-    def get(extractor=tiny_extractor, size=16):
-        dataset = main_jit.TextImageFolder(text_data, size, missing="skip")
-        return evaluation.kept_reference(dataset, str(text_data), extractor, path, batch_size=3, num_workers=0)
+    def get(extractor=tiny_extractor, size=16, root=str(text_data)):
+        dataset = main_jit.TextImageFolder(root, size, missing="skip")
+        if not evaluation.is_kept(path, dataset, root, extractor):
+            evaluation.make_reference(dataset, root, extractor, path, num_workers=0)
+        return reference.read(path)
 
     first = get()
     pictures = torch.stack([main_jit.TextImageFolder(text_data, 16).picture(i) for i in range(8)])
     np.testing.assert_allclose(first.values["sigma"], np.cov(tiny_features(pictures)[0].double().numpy(), rowvar=False), rtol=1e-4, atol=1e-6)
-    assert get().sha256 == first.sha256 and capsys.readouterr().out.count("made once") == 1
+    monkeypatch.chdir(tmp_path)
+    for root in (str(text_data), f"{text_data}/", "data", "./data", "data/"):  # however it is spelled
+        assert get(root=root).sha256 == first.sha256
+    assert capsys.readouterr().out.count("made once") == 1
     (text_data / "images" / "7.png").rename(text_data / "images" / "70.png")
     (text_data / "captions" / "7.txt").rename(text_data / "captions" / "70.txt")
     assert get().facts["data"] != first.facts["data"]
@@ -289,13 +299,50 @@ def test_the_datas_own_statistics_are_kept_and_made_anew_when_the_data_changes(t
 def test_unreadable_pictures_are_left_out_of_the_statistics_but_not_many(tmp_path, tiny_extractor, capsys):
     data = write_text_data(tmp_path / "data", 100)
     (data / "images" / "7.png").write_bytes(b"broken")
-    made = evaluation.kept_reference(main_jit.TextImageFolder(data, 16), str(data), tiny_extractor, tmp_path / "s.npz", 32, 0)
+    path = tmp_path / "s.npz"
+    evaluation.make_reference(main_jit.TextImageFolder(data, 16), str(data), tiny_extractor, path, 0)
+    made = reference.read(path)
     assert made.facts["n"] == 99 and made.facts["files"] == 100 and "1 unreadable pictures are left out" in capsys.readouterr().out
     (data / "images" / "8.png").write_bytes(b"broken")
-    (tmp_path / "s.npz").unlink()
+    path.unlink()
     with pytest.raises(UserError, match="2 of 100 pictures below .* cannot be read, over 1 %"):
-        evaluation.kept_reference(main_jit.TextImageFolder(data, 16), str(data), tiny_extractor, tmp_path / "s.npz", 32, 0)
-    assert not (tmp_path / "s.npz").exists()
+        evaluation.make_reference(main_jit.TextImageFolder(data, 16), str(data), tiny_extractor, path, 0)
+    assert not path.exists()
+    with pytest.raises(UserError, match="cannot be written"):
+        evaluation.make_reference(main_jit.TextImageFolder(data, 16), str(data), tiny_extractor, data / "images" / "1.png" / "s.npz", 0)
+
+
+def test_two_jobs_write_one_file_of_statistics_without_harm(tmp_path, monkeypatch):
+    path, save, inner = tmp_path / "s.npz", np.savez, []
+
+    def interrupted(file, **arrays):
+        if not inner:  # another job, with another process number, comes and goes while this one writes
+            inner.append(1)
+            with monkeypatch.context() as other:
+                other.setattr("os.getpid", lambda: -1)
+                written(path, n=4)
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    assert reference.read(written(path)).facts["n"] == 3 and [file.name for file in tmp_path.iterdir()] == ["s.npz"]
+
+
+def test_where_the_datas_own_statistics_are_kept(text_data, tiny_extractor, tmp_path, monkeypatch):
+    dataset, out = main_jit.TextImageFolder(text_data, 16), tmp_path / "out"
+    args = main_jit.get_parser().parse_args(["--data_path", str(text_data), "--img_size", "16"])
+
+    def found():
+        kept = main_jit.find_references(args, main_jit.Networks(inception=tiny_extractor), dataset, out)["fid"]
+        return kept.path, kept.there
+
+    assert found() == (text_data / "fid_stats_16.npz", False)
+    evaluation.make_reference(dataset, str(text_data), tiny_extractor, text_data / "fid_stats_16.npz", 0)
+    monkeypatch.setattr("os.access", lambda *_: False)  # read-only data
+    assert found() == (text_data / "fid_stats_16.npz", True)
+    (text_data / "fid_stats_16.npz").unlink()
+    assert found() == (out / "fid_stats_16.npz", False)
+    evaluation.make_reference(dataset, str(text_data), tiny_extractor, out / "fid_stats_16.npz", 0)
+    assert found() == (out / "fid_stats_16.npz", True)
 
 
 def test_prepare_ref_makes_the_statistics_of_either_kind_of_data(text_data, class_data, tmp_path, tiny_extractor, monkeypatch):
@@ -349,7 +396,8 @@ def test_weights_are_looked_for_before_anything_else(text_data, llm_folder, ince
 
 @pytest.mark.slow
 def test_precision_recall_and_fd_dinov2_from_local_weights(text_data, llm_folder, tmp_path, monkeypatch):
-    """The whole road through VGG16's and DINOv2's graphs; constant VGG16 weights, so that the file is small."""
+    """The whole road through VGG16's and DINOv2's graphs."""
+    llm = llm_folder()
     for name in ("kaiming_normal_", "kaiming_uniform_", "normal_"):
         monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)  # seconds, for 138M weights that are loaded over
     from torchvision.models import vgg16
@@ -357,11 +405,19 @@ def test_precision_recall_and_fd_dinov2_from_local_weights(text_data, llm_folder
 
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in vgg16().state_dict().items()}
-    torch.save({name: torch.tensor(1.5 / shape[1:].numel() if len(shape) > 1 else 0.0).expand(shape) for name, shape in shapes.items()}, tmp_path / "vgg.pth")
+    generator = torch.Generator().manual_seed(0)
+    vgg = {}
+    for name, shape in shapes.items():  # each channel is its own multiple of the mean, so that the file is small
+        row = torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator)
+        vgg[name] = (3 * row / shape[1:].numel()).expand(shape) if len(shape) > 1 else 0.2 * row - 0.1
+    torch.save(vgg, tmp_path / "vgg.pth")
     dinov2 = wake(Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=56)), std=0.1).eval()
     dinov2.save_pretrained(tmp_path / "dinov2")
     out = tmp_path / "out"
-    argv = flags(text_data, llm_folder(), out, "--batch_size", 4)
+    for i in range(8):  # noise of several strengths about grey, as an untrained network draws it
+        noise = torch.randn(16, 16, 3, generator=generator) * (2 + 3 * i) + 120 + 2 * i
+        Image.fromarray(noise.clamp(0, 255).to(torch.uint8).numpy()).save(text_data / "images" / f"{i}.png")
+    argv = flags(text_data, llm, out, "--batch_size", 4)
     run(*argv, "--epochs", "1")
     extra = ["--precision_recall", "--vgg16_weights", str(tmp_path / "vgg.pth"), "--fd_dinov2", str(tmp_path / "dinov2")]
     run(*argv, *extra, "--resume", str(out), "--evaluate_gen", "--save_images", "--num_images", "5")
@@ -375,6 +431,7 @@ def test_precision_recall_and_fd_dinov2_from_local_weights(text_data, llm_folder
         save_cpu_ram=True,
     )  # fmt: skip
     assert (figures["precision"], figures["recall"]) == (wanted["precision"], wanted["recall"])
+    assert 0 < figures["precision"] < 1 or 0 < figures["recall"] < 1
 
     def tokens(pictures):
         shown = torch.stack([torch.from_numpy(np.array(Image.fromarray(p.permute(1, 2, 0).numpy()).resize((224, 224), Image.BICUBIC))) for p in pictures])
@@ -453,6 +510,31 @@ def test_a_clip_that_cannot_be_had_is_left_out_in_one_line(capsys):
     assert printed.startswith("CLIP score and R-precision are left out: --clip_model no-such/clip cannot be had") and printed.count("\n") == 1
 
 
+def test_a_clip_folder_that_is_not_whole_is_one_line(clip_folder, tmp_path):
+    for part in ("tokenizer.json", "processor_config.json"):
+        folder = tmp_path / part
+        shutil.copytree(clip_folder(), folder)
+        (folder / part).unlink()
+        try:
+            assert extractors.load_clip(str(folder), CPU) is None  # a file that is missing is a CLIP that cannot be had
+        except UserError as error:
+            assert f"--clip_model {folder} cannot be loaded" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("load", [extractors.load_dinov2, extractors.load_clip, lambda name, _: load_encoder(name)])
+def test_a_model_folder_runs_no_code_of_its_own(load, clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = tmp_path / "model"
+    shutil.copytree(clip_folder(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "other", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UserError):
+        load(str(folder), CPU)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_captions_of_ones_own_are_drawn_and_known(text_data, llm_folder, clip_folder, tmp_path):
     """--eval_captions, a file or a folder, beside the data or without any."""
     out = tmp_path / "out"
@@ -508,8 +590,35 @@ def test_a_sweep_tabulates_plots_chooses_the_best_and_goes_on_where_it_stopped(c
     assert [i for i, row in enumerate(rows) if "**best**" in row] == [min(range(10), key=fids.__getitem__)]
     assert Image.open(out / "eval" / "sweep_step6_9.png").width > 500
     weights, cfg, interval = (part.strip() for part in rows[min(range(10), key=fids.__getitem__)].split("|")[1:4])
-    best = f"step6_16px_{weights if weights == 'raw' else f'ema{weights}'}_cfg{cfg}_{interval}_24_"
+    best = f"step6_16px_{weights if weights == 'raw' else f'ema{weights}'}_cfg{cfg}_{interval}_heun2_24_"
+    with pytest.raises(UserError, match="holds no checkpoint yet"):
+        run(*sweep, "--cfg", "1,2", "--resume", str(tmp_path / "new"), "--output_dir", str(tmp_path / "new"))
     assert list((out / "eval").glob(f"{best}*.json")) and "FID-24" in printed.split("table and plot")[1]
+
+
+def test_two_ranks_sweep_and_evaluate_as_one_process_does(text_data, llm_folder, clip_folder, tiny_extractor, tmp_path, monkeypatch):
+    """All measures; statistics made on two ranks; evaluations within training too."""
+    monkeypatch.setattr(extractors, "load_fidelity", lambda *_: tiny_extractor)
+
+    def figures(out):
+        found = [json.loads(path.read_text()) for path in (out / "eval").glob("*.json")]
+        return {Record({}, record["setting"]).name: record["figures"] for record in found}
+
+    def work(out):
+        argv = flags(text_data, llm_folder(), out, "--resume", out, "--precision_recall", "--clip_model", clip_folder(), "--num_images", 14)
+        run(*argv, "--epochs", "1", "--batch_size", str(4 // main_jit.dist.world_size()), "--online_eval")
+        run(*argv, "--sweep", "--cfg", "1,3", "--sweep_images", "9", "--save_images")
+
+    in_ranks(2, lambda: work(tmp_path / "two"))
+    kept = reference.read(text_data / "fid_stats_16.npz")
+    (text_data / "fid_stats_16.npz").unlink()
+    work(tmp_path / "one")
+    np.testing.assert_allclose(reference.read(text_data / "fid_stats_16.npz").values["sigma"], kept.values["sigma"], rtol=1e-6, atol=1e-12)
+    one, two = (sorted(figures(tmp_path / name).items()) for name in ("one", "two"))
+    assert len(one) == len(two) == 4 and set(one[0][1]) == {"fid", "is", "clip_score", "r_precision", "precision", "recall"}
+    for (_, a), (_, b) in zip(one, two):  # the names differ by the hash of weights, equal but for rounding
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
+    assert len(list((tmp_path / "two" / "eval").glob("*/*.png"))) == 14
 
 
 def test_a_record_says_what_it_depends_on_and_nothing_else_changes_its_name():
@@ -523,8 +632,8 @@ def test_a_record_says_what_it_depends_on_and_nothing_else_changes_its_name():
         "FID-10k 4.371  IS-10k 275.12  CLIP score-10k 23.46 (100 x cosine)  R-precision-10k 0.871 (of 100)  "
         "[EMA 1 at step 60000, cfg 2.9 in 0.1-1, heun 50, seed 0, reference in256.npz (sha256 01234567)]"
     )
-    assert list(record.scalars()) == [f"{name}-10k/256px_ema1_cfg2.9_0.1-1" for name in ("FID", "IS", "CLIP score", "R-precision")]
-    assert record.name.startswith("step60000_256px_ema1_cfg2.9_0.1-1_10k_")
+    assert list(record.scalars()) == [f"{name}-10k/256px_ema1_cfg2.9_0.1-1_heun50" for name in ("FID", "IS", "CLIP score", "R-precision")]
+    assert record.name.startswith("step60000_256px_ema1_cfg2.9_0.1-1_heun50_10k_")
     assert Record({}, setting, {"processes": 8}).name == record.name and Record({}, setting | {"seed": 1}).name != record.name
     assert evaluation.short(50000) == "50k" and evaluation.short(8192) == "8192"
 
@@ -582,12 +691,12 @@ def test_evaluation_leaves_weights_optimizer_and_random_states_bit_identical(tex
         return record
 
     monkeypatch.setattr(evaluation.Evaluator, "__call__", watched)
-    extra = ["--online_eval", "--eval_freq", 1, "--clip_model", clip_folder(), "--num_images", 16]
+    extra = ["--online_eval", "--eval_freq", 1, "--clip_model", clip_folder(), "--precision_recall", "--num_images", 16]
     run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 2, *extra))
     assert len(snapshots) == 4
     for before, after in zip(snapshots[::2], snapshots[1::2]):
         assert len(before[0]) > 100 and all(torch.equal(a, b) for a, b in zip(before[0], after[0])) and before[1:] == after[1:]
-    assert len(scalars(tmp_path / "out", "FID-16/16px_ema1_cfg2_0-1")) == 2
+    assert len(scalars(tmp_path / "out", "FID-16/16px_ema1_cfg2_0-1_heun2")) == 2
     for tag in ("train_loss", "lr", "grad_norm", "images_per_second", "text_gap/grad_norm"):
         assert scalars(tmp_path / "out", tag), tag
 

@@ -134,15 +134,12 @@ def load_model(flag: str, name: str, example: str) -> tuple[nn.Module, str]:
 
     hub.quiet()
     hub.check_name(flag, name, example)
-    try:
-        model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except OSError:
-        raise
-    except Exception as error:  # code of its own in the hub, a package that is missing
-        raise UserError(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    with hub.in_one_line(flag, name, but=OSError):
+        model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     if report["missing_keys"]:
         raise UserError(f"{flag} {name}: {len(report['missing_keys'])} weights are missing from its files, first {min(report['missing_keys'])}")
-    return model.eval().requires_grad_(False), f"{model.config.model_type} {name} {hub.revision_of(name)}"
+    called = os.path.basename(os.path.normpath(name)) if os.path.isdir(name) else name
+    return model.eval().requires_grad_(False), f"{model.config.model_type} {called} {hub.revision_of(name)}"
 
 
 def load_dinov2(name: str, device: torch.device) -> Extractor:
@@ -178,7 +175,7 @@ class Clip:
     @torch.inference_mode()
     def of_captions(self, captions: Sequence[str]) -> Tensor:
         """(n, width).  Captions are padded to the model's full length, as SigLIP was trained, and cut there."""
-        parts = [torch.empty(0, self.model.config.get_text_config().hidden_size)] if not captions else []
+        parts = []
         for start in range(0, len(captions), AT_A_TIME):
             texts = list(captions[start : start + AT_A_TIME])
             tokens = self.processor(text=texts, padding="max_length", truncation=True, max_length=self.longest, return_tensors="pt")
@@ -204,7 +201,9 @@ def load_clip(name: str, device: torch.device) -> Clip | None:
         model, identity = load_model("--clip_model", name, "llm-jp/waon-siglip2-base-patch16-256")
         if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
             raise UserError(f"--clip_model {name} is a {model.config.model_type}; wanted a CLIP or SigLIP")
-        clip = Clip(model, AutoProcessor.from_pretrained(name), identity, device)
+        with hub.in_one_line("--clip_model", name, but=OSError):
+            clip = Clip(model, AutoProcessor.from_pretrained(name, trust_remote_code=False), identity, device)
+            clip.of_captions([""]) @ clip.of_pictures(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).T  # does all that it will have to
     except OSError as error:
         problem = " ".join(str(error).split())[:200]
     if problems := [found for found in dist.gather_objects(problem) if found]:

@@ -26,10 +26,12 @@ def check_name(flag: str, name: str, example: str) -> None:
 
 
 @contextmanager
-def in_one_line(flag: str, name: str) -> Iterator[None]:
+def in_one_line(flag: str, name: str, but: type[Exception] = UserError) -> Iterator[None]:
     """Whatever goes wrong in loading (no such model, a cut file, a package that is missing: each its own exception) as one line."""
     try:
         yield
+    except (UserError, but):
+        raise
     except Exception as error:
         raise UserError(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 

@@ -1,5 +1,6 @@
 """Files of reference statistics: `mu` and `sigma`, as the published ones of JiT and ADM have them, and in ours also what they are of."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,21 +26,22 @@ def read(path: Path) -> Reference:
     """Raises: UserError for a file that holds no such statistics."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files if name in ("mu", "sigma", *FACTS)}
+            names = file.files
+            values = {name: file[name].astype(np.float64) for name in ("mu", "sigma") if name in names}
+            facts = {name: file[name] for name in FACTS if name in names}
     except FileNotFoundError:
         raise UserError(f"--fid_stats {path}: no such file") from None
-    except Exception as error:  # no zip, cut short, arrays of Python objects
+    except Exception as error:  # no zip, cut short, arrays of Python objects or of text
         raise UserError(f"--fid_stats {path}: not readable as reference statistics ({' '.join(str(error).split())[:200]})") from error
-    if not {"mu", "sigma"} <= set(found):
-        raise UserError(f"--fid_stats {path}: no reference statistics; wanted the arrays mu and sigma, found {', '.join(file.files) or 'none'}")
-    values = {name: found.pop(name) for name in ("mu", "sigma")}
+    if len(values) < 2:
+        raise UserError(f"--fid_stats {path}: no reference statistics; wanted the arrays mu and sigma, found {', '.join(names) or 'none'}")
     width = values["mu"].shape[-1] if values["mu"].ndim else 0
     if values["mu"].shape != (width,) or values["sigma"].shape != (width, width):
         raise UserError(f"--fid_stats {path}: mu is {values['mu'].shape} and sigma {values['sigma'].shape}; wanted (D,) and (D, D)")
-    values = {name: value.astype(np.float64) for name, value in values.items()}
     if not all(np.isfinite(value).all() for value in values.values()):
         raise UserError(f"--fid_stats {path}: not all of its numbers are finite")
-    return Reference(values, path, sha256_of(path), {name: value.item() for name, value in found.items()})
+    facts = {name: value.item() for name, value in facts.items() if value.ndim == 0}  # another's array of that name says nothing
+    return Reference(values, path, sha256_of(path), facts)
 
 
 def check(reference: Reference, extractor: str, width: int, img_size: int) -> None:
@@ -55,5 +57,8 @@ def check(reference: Reference, extractor: str, width: int, img_size: int) -> No
 
 
 def write(path: Path, values: Statistics, facts: dict[str, str | int]) -> None:
-    """Whole, or not at all."""
-    write_whole(path, lambda file: np.savez(file, **values, **facts))
+    """Whole, or not at all; several jobs may do it at once.  Raises: UserError where it cannot be written."""
+    try:
+        write_whole(path, lambda file: np.savez(file, **values, **facts), mark=f".{os.uname().nodename}.{os.getpid()}")
+    except OSError as error:
+        raise UserError(f"reference statistics {path} cannot be written: {error.strerror}") from error
