@@ -19,7 +19,7 @@ from denoiser import DiffusionConfig, Net, SamplerConfig, denoising_loss, sample
 from util import distributed as dist
 from util.ema import Ema
 from util.errors import UserError
-from util.logging import Board, progress
+from util.logging import Board, progress, say
 from util.lr_sched import lr_at
 from util.randomness import derive, normal, uniform
 from util.sheet import captioned_sheet, save_sheet
@@ -37,6 +37,9 @@ test_prompts = [
     "人物の写真",
     "動物の写真",
 ]
+
+
+MOST_SKIPS = 10  # steps in a row with a gradient that is not finite
 
 
 class Conditions(Protocol):
@@ -178,42 +181,60 @@ class Report:
 
     def __init__(self, bar: tqdm, board: Board, images_per_step: int):
         self.bar, self.board, self.images_per_step = bar, board, images_per_step
+        self.skipped = 0
         self._start()
 
     def _start(self) -> None:
-        self.losses, self.first_bad, self.since = [], None, time.perf_counter()
+        self.losses, self.since = [], time.perf_counter()
 
     def resume_clock(self) -> None:
         """Leave out of the speed what was done between epochs."""
         if not self.losses:
             self.since = time.perf_counter()
 
-    def add(self, loss: Tensor, step: int) -> None:
-        """Note the loss of step `step` without reading it."""
-        bad = torch.where(loss.isfinite(), math.inf, float(step))
-        self.first_bad = bad if self.first_bad is None else torch.minimum(self.first_bad, bad)
+    def add(self, loss: Tensor) -> None:
+        """Note the loss of a step without reading it."""
         self.losses.append(loss)
         self.bar.update()
 
-    def line(self, step: int, lr: float, values: Mapping[str, Tensor]) -> None:
-        """Read and log the mean loss since the last line, and this step's `values`, `grad_norm` among them.  Collective.
-
-        Raises: UserError if a loss was not finite.
-        """
-        mean = dist.mean_over_ranks(torch.stack(self.losses).mean())
-        first_bad = dist.min_over_ranks(self.first_bad)
-        loss, bad_step, *read = torch.stack([mean, first_bad, *(value.float() for value in values.values())]).tolist()
-        scalars = dict(zip(values, read))
-        if bad_step == math.inf and not math.isfinite(scalars["grad_norm"]):
-            bad_step = step  # a finite loss whose gradient is not
-        if bad_step < math.inf:
-            raise UserError(
-                f"the loss is not finite at step {bad_step:.0f} (lr {lr:.2e}); the last checkpoint is untouched. Try a smaller --lr or --grad_clip 1"
-            )
-        speed = len(self.losses) * self.images_per_step / (time.perf_counter() - self.since)
-        self.board.scalars({"train_loss": loss, "lr": lr, "images_per_second": speed, **scalars}, step)
+    def line(self, step: int, lr: float, skips: "Skips", values: Mapping[str, Tensor]) -> None:
+        """Read and log the mean loss since the last line, of the steps where it is finite, and this step's `values`.  Collective."""
+        losses = torch.stack(self.losses)
+        finite = losses.isfinite()
+        counted = dist.sum_over_ranks(torch.stack([losses.where(finite, 0).sum(), finite.sum()]))
+        total, count, skipped, *read = torch.stack([*counted, skips.total, *(value.float() for value in values.values())]).tolist()
+        loss, scalars = total / count if count else math.nan, dict(zip(values, read))
+        if skipped > self.skipped:
+            say(f"warning: {skipped - self.skipped:.0f} of {len(losses)} steps before step {step} were skipped: their gradient was not finite")
+        self.skipped = skipped
+        speed = len(losses) * self.images_per_step / (time.perf_counter() - self.since)
+        self.board.scalars({"train_loss": loss, "lr": lr, "images_per_second": speed, "skipped_steps": skipped, **scalars}, step)
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.1e}", images_per_s=f"{speed:.0f}")
         self._start()
+
+
+class Skips:
+    """Steps whose gradient is not finite change neither weights nor optimizer; counted on the device, so that nothing waits.
+
+    The gradient is the mean over all ranks, so all skip the same steps.
+    """
+
+    def __init__(self, device: torch.device):
+        self.total, self.in_a_row, self.longest, self.longest_at = torch.zeros(4, device=device)
+
+    def note(self, grad_norm: Tensor, step: int) -> Tensor:
+        """Returns: 1.0 where step `step` (the first is 1) is to be skipped, as a fused optimizer takes it in `found_inf`."""
+        bad = (~grad_norm.isfinite()).float()
+        self.total = self.total + bad
+        self.in_a_row = (self.in_a_row + 1) * bad
+        self.longest_at = torch.where(self.in_a_row > self.longest, step, self.longest_at)
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+        return bad
+
+    def too_many(self) -> int | None:
+        """The last of the longest row of skipped steps, if there were MOST_SKIPS; reads the device."""
+        longest, at = torch.stack([self.longest, self.longest_at]).tolist()
+        return int(at) if longest >= MOST_SKIPS else None
 
 
 def note_broken(state: TrainState, broken: Sequence[str], size: int, policy: str) -> None:
@@ -229,6 +250,19 @@ def grad_norm_of(module: nn.Module) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
+def take_step(state: TrainState, config: TrainConfig, skips: Skips) -> Tensor:
+    """Clip, step, averages; all of it only where the gradient is finite.  Returns: the gradient's length, before clipping."""
+    parameters = list(state.net.parameters())
+    norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip) if config.grad_clip else grad_norm_of(state.net)
+    state.optimizer.found_inf = skips.note(norm, state.step + 1)  # what a gradient scaler would set; the fused optimizer looks at it on the device
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    for ema in state.emas:
+        ema.update(state.net, state.step)
+    state.step += 1
+    return norm
+
+
 def train_one_epoch(
     state: TrainState,
     parallel: nn.Module,
@@ -237,49 +271,70 @@ def train_one_epoch(
     diffusion: DiffusionConfig,
     config: TrainConfig,
     epoch: int,
+    first: int,
     report: Report,
-    read_last: bool,
+    skips: Skips,
+    pause: Callable[[int], Callable[[int, float], bool] | None],
     gap: TextGap | None,
     device: torch.device,
-) -> None:
-    """The steps of one epoch.  Collective.
+) -> bool:
+    """The steps of one epoch from number `first` on.  Collective.  Returns: whether it was done to its end.
 
-    `parallel` is `state.net` as DDP runs it; with `read_last` the last step's loss is read, and so known to be finite.
+    `parallel` is `state.net` as DDP runs it. Before step i, pause(i) says what is to be done after it, if anything: a line is due
+    then too, so what is saved is known to be finite; where that returns False, the epoch ends there.
     `gap` is measured wherever a line of the log is due.
     """
     state.net.train()
     report.resume_clock()
-    parameters = list(state.net.parameters())
     net = in_precision(parallel, device, config.bf16)
     null = conditions.null.to(device)
     batches = iter(loader)
-    for i in range(config.steps_per_epoch):
+    for i in range(first, config.steps_per_epoch):
         lr = lr_at(epoch + i / config.steps_per_epoch, config.lr, config.warmup_epochs, config.epochs, config.lr_schedule, config.min_lr)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
+        after = pause(i)
         torch.manual_seed(derive(config.seed, "dropout", state.step * dist.world_size() + dist.rank()))
         losses = []
         for part in range(config.accum_iter):
-            batch = next(batches)
+            batch = next_batch(batches)
             note_broken(state, batch[3], len(loader.dataset), config.bad_images)
             with dist.no_sync(parallel, part < config.accum_iter - 1):
                 loss = batch_loss(net, batch, conditions, null, diffusion, config, device)
                 (loss / config.accum_iter).backward()
             losses.append(loss.detach())
-        due = (state.step + 1) % config.log_freq == 0 or (read_last and i == config.steps_per_epoch - 1)
+        due = after is not None or (state.step + 1) % config.log_freq == 0
         values = {"text_gap/grad_norm": grad_norm_of(state.net.y_embedder)} if due and gap else {}  # before any clipping
-        if config.grad_clip:
-            values["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-        elif due:
-            values["grad_norm"] = grad_norm_of(state.net)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        for ema in state.emas:
-            ema.update(state.net, state.step)
-        state.step += 1
-        report.add(torch.stack(losses).mean(), state.step)
+        norm = take_step(state, config, skips)
+        report.add(torch.stack(losses).mean())
         if due:
-            report.line(state.step, lr, values | (gap.measure(state.net, config.bf16) if gap else {}))
+            report.line(state.step, lr, skips, {"grad_norm": norm} | values | (gap.measure(state.net, config.bf16) if gap else {}))
+            if (last := skips.too_many()) is not None:
+                position = epoch * config.steps_per_epoch + i - (state.step - last)
+                raise UserError(too_many_skips(last, position, loader, config, lr))
+        if after is not None and not after(i):
+            return False
+    return True
+
+
+def next_batch(batches: Iterator[tuple]) -> tuple:
+    """Raises: UserError where a loader's process died."""
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a loader process died ({' '.join(str(error).split())[:200]}); if that was for want of memory, lower --num_workers") from error
+
+
+def too_many_skips(step: int, position: int, loader: DataLoader, config: TrainConfig, lr: float) -> str:
+    """What is needed to see the last of the skipped steps again; it is the run's number `position`, counted from 0."""
+    names = [loader.dataset.paths[index] for index in loader.sampler.pictures_of(position * config.accum_iter, config.accum_iter)]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return (
+        f"the gradient of {MOST_SKIPS} steps in a row was not finite, steps {step - MOST_SKIPS + 1} to {step} (lr {lr:.2e}, --seed {config.seed}); weights are as "
+        f"before them, and so is the last checkpoint. Try a smaller --lr or --grad_clip 1. Pictures of step {step}: {shown}"
+    )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +34,18 @@ from util import checkpoint, extractors, reference
 from util import distributed as dist
 from util.ema import Ema
 from util.errors import UserError, leave
-from util.files import writable_folder
+from util.files import Lock, writable_folder, write_whole
 from util.logging import Board, progress, say
 from util.metrics import NEIGHBOURHOOD
 from util.randomness import derive
 from util.reference import Reference
+from util.stopping import Stop
 
 LOW_LR = 2e-5  # below this a run of the recipe's length hardly learns: PixelGen and JiT train at 2e-4
 
 
 TEXT_FLAGS = ("llm_model_name", "max_text_len", "llm_layer", "llm_dtype", "text_norm", "text_cache", "text_cache_dir", "held_out", "missing_captions")
-TEXT_FLAGS += ("eval_captions", "clip_model")
+TEXT_FLAGS += ("eval_captions", "clip_model", "trust_remote_code")
 
 
 # No effect on a run that evaluates nothing.
@@ -111,6 +113,7 @@ def get_parser() -> Parser:
     group.add_argument("--use_text_conditioning", action="store_true", help="condition on captions; implied by a -Text model, an error with another")
     group.add_argument("--llm_model_name", default="llm-jp/llm-jp-3-3.7b", help="frozen language model: a Hugging Face hub name or a folder")
     group.add_argument("--freeze_llm", action=argparse.BooleanOptionalAction, default=True, help="the LLM is always frozen; --no-freeze_llm is refused")
+    group.add_argument("--trust_remote_code", action="store_true", help="run the Python code that the LLM brings along; only for authors you trust")
     group.add_argument("--max_text_len", type=int, default=77, help="tokens of a caption that are read; the rest is cut off")
     group.add_argument(
         "--llm_layer",
@@ -243,6 +246,8 @@ def get_parser() -> Parser:
     group.add_argument("--output_dir", default="./output_dir", help="checkpoints, TensorBoard events, pictures")
     group.add_argument("--resume", default=None, help="checkpoint file, or folder with checkpoint-last.pth; may be output_dir itself while that is new")
     group.add_argument("--save_last_freq", type=int, default=5, help="epochs between writings of checkpoint-last.pth")
+    group.add_argument("--save_freq_steps", type=int, default=None, help="and steps between them, within epochs too (default: at ends of epochs only)")
+    group.add_argument("--keep_last", type=int, default=None, help="how many of the numbered checkpoints, of every 100th epoch, to keep (default: all)")
     group.add_argument("--log_freq", type=int, default=100, help="steps between lines of the log")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU where there is one")
     return parser
@@ -292,6 +297,8 @@ def check_args(args: argparse.Namespace) -> None:
         "log_freq",
     ):
         require(getattr(args, flag) >= 1, f"--{flag} {getattr(args, flag)} must be at least 1")
+    for flag in ("save_freq_steps", "keep_last"):
+        require(getattr(args, flag) is None or getattr(args, flag) >= 1, f"--{flag} {getattr(args, flag)} must be at least 1")
     for flag in ("num_workers", "seed", "held_out", "warmup_epochs", "min_lr", "weight_decay"):
         require(getattr(args, flag) >= 0, f"--{flag} {getattr(args, flag)} must not be negative")
     for flag in ("blr", "P_std", "noise_scale", "lr", "grad_clip"):
@@ -408,14 +415,17 @@ def check_resumed(args: argparse.Namespace, state: dict[str, Any], path: Path) -
     if args.is_text:
         text = state["text"]
         saved = saved | {"llm_model_name": text["llm"], "llm_layer": text["layer"], "max_text_len": text["max_text_len"], "text_norm": text["text_norm"]}
-    for flag in ("model", "img_size", "noise_scale") + (("llm_model_name", "max_text_len", "llm_layer", "text_norm") if args.is_text else ("class_num",)):
+    flags = ["model", "img_size", "noise_scale", *(("llm_model_name", "max_text_len", "llm_layer", "text_norm") if args.is_text else ("class_num",))]
+    if trains(args) and "world" in state and args.start_epoch is None:
+        flags += ["seed", *(["held_out"] if args.is_text else [])]  # they decide which pictures a step trains on
+    for flag in flags:
         moved = flag == "llm_model_name" and (os.path.isdir(args.llm_model_name) or os.path.isdir(saved[flag]))  # a folder may have another name now
         if flag in saved and saved[flag] != getattr(args, flag) and not moved:
             raise UserError(f"--{flag} is {getattr(args, flag)}, but {path} was trained with {saved[flag]}; give --{flag} {saved[flag]}")
 
 
 def text_config(args: argparse.Namespace) -> TextConfig:
-    return TextConfig(args.llm_model_name, args.max_text_len, args.llm_layer, dtype=args.llm_dtype)
+    return TextConfig(args.llm_model_name, args.max_text_len, args.llm_layer, dtype=args.llm_dtype, trust_remote_code=args.trust_remote_code)
 
 
 def store_folder(args: argparse.Namespace) -> Path:
@@ -506,6 +516,7 @@ class Run:
     painter: engine.Painter
     evaluator: evaluation.Evaluator | None  # None where nothing can be measured
     output_dir: Path
+    lock: Lock | None = None
     known_broken: int = 0
 
 
@@ -637,22 +648,24 @@ def describe_run(args: argparse.Namespace, run: Run, config: engine.TrainConfig,
         say(f"warning: a step takes {batch} pictures and there are {pictures}; each is shown several times a step")
 
 
-def save_checkpoint(run: Run, path: Path, epoch: int) -> None:
-    """Collective."""
-    if dist.is_main():
-        net, state = run.state.net, run.state
-        content = {
-            "model": checkpoint.with_prefix(net.state_dict()),
-            **{f"model_ema{i + 1}": checkpoint.with_prefix(ema.state_dict(net)) for i, ema in enumerate(state.emas)},
-            "optimizer": checkpoint.optimizer_state(state.optimizer, net),
-            "epoch": epoch,
-            "step": state.step,
-            "args": dict(vars(run.args)),
-        }
-        if run.conditioning.description:
-            content["text"] = run.conditioning.description
-        checkpoint.save(path, content)
-    dist.barrier()
+def save_checkpoint(run: Run, writer: checkpoint.Writer, config: engine.TrainConfig, epoch: int, epoch_step: int, numbered: bool = False) -> None:
+    """After `epoch_step` steps of the epoch that follows `epoch`.  Rank 0 copies and goes on; the others do not wait."""
+    if not dist.is_main():
+        return
+    net, state, args = run.state.net, run.state, run.args
+    content = {
+        "model": checkpoint.with_prefix(net.state_dict()),
+        **{f"model_ema{i + 1}": checkpoint.with_prefix(ema.state_dict(net)) for i, ema in enumerate(state.emas)},
+        "optimizer": checkpoint.optimizer_state(state.optimizer, net),
+        "epoch": epoch,
+        "epoch_step": epoch_step,
+        "step": state.step,
+        "world": {"processes": dist.world_size(), "effective_batch": effective_batch(args), "steps_per_epoch": config.steps_per_epoch},
+        "args": dict(vars(args)),
+    }
+    if run.conditioning.description:
+        content["text"] = run.conditioning.description
+    writer.write(content, run.output_dir / checkpoint.LAST, run.output_dir / f"checkpoint-{epoch}.pth" if numbered else None)
 
 
 def write_broken(run: Run) -> None:
@@ -664,7 +677,8 @@ def write_broken(run: Run) -> None:
         say(f"{len(broken)} unreadable pictures so far, listed in {path}")
         if dist.is_main():
             before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            path.write_text("\n".join(sorted({*before, *broken})) + "\n", encoding="utf-8")
+            text = "\n".join(sorted({*before, *broken})) + "\n"
+            write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
     engine.note_broken(run.state, broken, len(run.dataset), "skip")
 
 
@@ -676,7 +690,66 @@ def make_text_gap(run: Run, pictures: Tensor) -> engine.TextGap:
     )
 
 
-def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list, pictures: Tensor, held_out: Tensor) -> None:
+@dataclass
+class Saver:
+    """When checkpoints are written, and when the run is to stop."""
+
+    run: Run
+    config: engine.TrainConfig
+    stop: Stop
+    writer: checkpoint.Writer
+    epoch: int = 0
+    stopped: bool = False
+
+    def pause(self, i: int) -> Callable[[int], bool] | None:
+        """What is to be done after step i of the epoch: at its end, at --save_freq_steps and where a signal has asked to stop."""
+        self.stopped = self.stop.agreed()
+        every = self.run.args.save_freq_steps
+        in_between = every and (self.run.state.step + 1) % every == 0
+        ends = i == self.config.steps_per_epoch - 1
+        if not (self.stopped or in_between or (ends and self.due_at_end)):
+            return None
+        return self.save
+
+    @property
+    def last(self) -> bool:
+        return self.epoch == self.run.args.epochs - 1
+
+    @property
+    def evaluates(self) -> bool:
+        return self.run.args.online_eval and (self.last or (self.epoch + 1) % self.run.args.eval_freq == 0)
+
+    @property
+    def numbered(self) -> bool:
+        return self.epoch > 0 and self.epoch % 100 == 0
+
+    @property
+    def due_at_end(self) -> bool:
+        return self.last or self.evaluates or self.numbered or (self.epoch + 1) % self.run.args.save_last_freq == 0
+
+    def save(self, i: int) -> bool:
+        """Returns: whether to go on."""
+        done = i + 1
+        write_broken(self.run)
+        if done == self.config.steps_per_epoch:
+            save_checkpoint(self.run, self.writer, self.config, self.epoch, 0, self.numbered)
+        else:
+            save_checkpoint(self.run, self.writer, self.config, self.epoch - 1, done)
+        return not self.stopped
+
+    def finish(self) -> None:
+        """All is saved: wait for what is being written, and say how to go on."""
+        self.writer.wait()
+        why = f"stopped by {self.stop.name or 'a signal to another process'} after step {self.run.state.step}"
+        say(f"{why}; go on by the same command with --resume {self.run.args.output_dir}")
+
+    def leave(self) -> None:
+        self.finish()
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def train(run: Run, config: engine.TrainConfig, first_epoch: int, first_step: int, prompts: list, pictures: Tensor, held_out: Tensor) -> None:
     """`pictures` are trained on; the text's effect is measured on those held out, if any."""
     args, state, device, conditions, diffusion = run.args, run.state, run.device, run.conditioning.conditions, run.painter.diffusion
     sampler = StreamSampler(pictures, args.batch_size, config.steps_per_epoch * args.accum_iter, dist.rank(), dist.world_size(), args.seed)
@@ -691,30 +764,35 @@ def train(run: Run, config: engine.TrainConfig, first_epoch: int, prompts: list,
     )
     parallel = dist.wrap(state.net, device)
     board = Board(run.output_dir, state.step)
-    bar = progress(args.epochs * config.steps_per_epoch, "training", initial=first_epoch * config.steps_per_epoch)
-    report = engine.Report(bar, board, effective_batch(args))
+    bar = progress(args.epochs * config.steps_per_epoch, "training", initial=first_epoch * config.steps_per_epoch + first_step)
+    report, skips = engine.Report(bar, board, effective_batch(args)), engine.Skips(device)
     gap = make_text_gap(run, held_out if len(held_out) else pictures) if args.is_text else None
+    saver = Saver(run, config, Stop(), checkpoint.Writer(args.keep_last))
     for epoch in range(first_epoch, args.epochs):
-        last = epoch == args.epochs - 1
-        saves_last = last or (epoch + 1) % args.save_last_freq == 0
-        saves_numbered = epoch > 0 and epoch % 100 == 0
-        evaluates = args.online_eval and (last or (epoch + 1) % args.eval_freq == 0)
-        pauses = saves_last or saves_numbered or evaluates
-        sampler.epoch = epoch
-        engine.train_one_epoch(state, parallel, loader, conditions, diffusion, config, epoch, report, pauses, gap, device)
-        if pauses:
-            write_broken(run)
-        if saves_last:
-            save_checkpoint(run, run.output_dir / checkpoint.LAST, epoch)
-        if saves_numbered:
-            save_checkpoint(run, run.output_dir / f"checkpoint-{epoch}.pth", epoch)
-        if evaluates:
-            if run.evaluator:
-                board.scalars(run.evaluator(args.eval_ema[0], run.painter.sampler, args.num_images).scalars(), state.step)
-            with engine.drawing_with(state, args.eval_ema[0]):
-                board.image("test_prompts", engine.prompt_grid(run.painter, run.conditioning.prompts, prompts), state.step)
+        saver.epoch = sampler.epoch = epoch
+        sampler.first = first_step * args.accum_iter
+        engine.train_one_epoch(state, parallel, loader, conditions, diffusion, config, epoch, first_step, report, skips, saver.pause, gap, device)
+        first_step = 0
+        if saver.stopped:
+            break
+        if saver.evaluates:
+            with saver.stop.at_once(saver.leave):
+                evaluate_online(run, board, prompts)
     bar.close()
     board.close()
+    if saver.stopped:
+        saver.finish()
+    saver.writer.wait()
+    dist.barrier()  # rank 0 may have been writing
+
+
+def evaluate_online(run: Run, board: Board, prompts: list) -> None:
+    """Figures, if any can be had, and the test prompts' pictures, to TensorBoard.  Collective."""
+    args, state = run.args, run.state
+    if run.evaluator:
+        board.scalars(run.evaluator(args.eval_ema[0], run.painter.sampler, args.num_images).scalars(), state.step)
+    with engine.drawing_with(state, args.eval_ema[0]):
+        board.image("test_prompts", engine.prompt_grid(run.painter, run.conditioning.prompts, prompts), state.step)
 
 
 def make_optimizer(net: JiT, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
@@ -723,14 +801,43 @@ def make_optimizer(net: JiT, weight_decay: float, device: torch.device) -> torch
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
 
 
-def resume_training(args: argparse.Namespace, saved: dict[str, Any], path: Path, state: engine.TrainState, config: engine.TrainConfig) -> int:
-    """Optimizer and step as the checkpoint has them.  Returns: the epoch to go on with."""
+def resume_training(args: argparse.Namespace, saved: dict[str, Any], path: Path, state: engine.TrainState, config: engine.TrainConfig) -> tuple[int, int]:
+    """Optimizer and step as the checkpoint has them.  Returns: the epoch to go on with, and how many of its steps are done."""
     first_epoch = saved.get("epoch", -1) + 1 if args.start_epoch is None else args.start_epoch
+    first_step = saved.get("epoch_step", 0) if args.start_epoch is None else 0
     state.step = saved.get("step", first_epoch * config.steps_per_epoch)
+    check_world(args, saved, path, config, first_step)
     by_name = checkpoint.load_optimizer_state(state.optimizer, state.net, saved.get("optimizer", {}))
     missing = "" if by_name else "; its optimizer state is not by name (a published file?), so AdamW starts afresh"
-    say(f"resumed {path}: next epoch {first_epoch}, step {state.step}, model, both EMAs{' and optimizer' if by_name else missing}")
-    return first_epoch
+    within = f", {first_step} of its {config.steps_per_epoch} steps done" if first_step else ""
+    say(f"resumed {path}: next epoch {first_epoch}{within}, step {state.step}, model, both EMAs{' and optimizer' if by_name else missing}")
+    return first_epoch, first_step
+
+
+def check_world(args: argparse.Namespace, saved: dict[str, Any], path: Path, config: engine.TrainConfig, first_step: int) -> None:
+    """Says how the checkpoint was trained where that was otherwise.
+
+    Raises: UserError where its steps are not this run's: another effective batch, or within an epoch other pictures.
+    """
+    world = saved.get("world")
+    if not world:
+        return
+    batch, processes = effective_batch(args), dist.world_size()
+    if world["effective_batch"] != batch and args.start_epoch is None:
+        found = f"{args.batch_size} x {args.accum_iter} x {processes} = {batch}"
+        raise UserError(
+            f"{path} was trained with an effective batch of {world['effective_batch']}, and --batch_size x --accum_iter x processes is {found}; "
+            f"make it {world['effective_batch']}, or say by --start_epoch that the steps are to be counted anew"
+        )
+    if world["processes"] != processes:
+        say(f"{path} was trained by {world['processes']} processes, this run has {processes}; the effective batch and the order of the data are the same")
+    if world["steps_per_epoch"] != config.steps_per_epoch:
+        if first_step:
+            raise UserError(
+                f"{path} stands within an epoch of {world['steps_per_epoch']} steps, and --data_path {args.data_path} makes one of {config.steps_per_epoch}; "
+                "give the same data, or begin the epoch again by --start_epoch"
+            )
+        say(f"an epoch was {world['steps_per_epoch']} steps in {path}, and is {config.steps_per_epoch} now: the data has changed")
 
 
 def train_config(args: argparse.Namespace, data_size: int, bf16: bool) -> engine.TrainConfig:
@@ -755,6 +862,7 @@ def train_config(args: argparse.Namespace, data_size: int, bf16: bool) -> engine
 def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path | None, prompts: list, device: torch.device) -> Run:
     """Data, features, network and weights, the cheap and the fallible first.  Collective."""
     output_dir = writable_folder(args.output_dir, "--output_dir")
+    lock = Lock(output_dir, "--output_dir") if trains(args) and dist.is_main() else None
     if evaluates(args) and min(evaluation_sizes(args)) < dist.world_size():
         raise UserError(
             f"an evaluation of {min(evaluation_sizes(args))} pictures (--num_images, --sweep_images) is fewer than the {dist.world_size()} processes"
@@ -802,7 +910,7 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
         evaluator = evaluation.Evaluator(
             state, painter, measures, conditioning.conditions, subjects, facts, output_dir / "eval", checkpoint_file, args.save_images
         )
-    return Run(args, device, dataset, conditioning, state, painter, evaluator, output_dir)
+    return Run(args, device, dataset, conditioning, state, painter, evaluator, output_dir, lock)
 
 
 def needs_data(args: argparse.Namespace) -> bool:
@@ -843,12 +951,12 @@ def start(args: argparse.Namespace) -> None:
     else:
         pictures, held_out = hold_out(len(run.dataset), args.held_out if args.is_text else 0, args.seed)
         config = train_config(args, len(pictures), uses_bf16(args, device))
-        first_epoch = resume_training(args, saved, path, run.state, config) if saved else args.start_epoch or 0
+        first_epoch, first_step = resume_training(args, saved, path, run.state, config) if saved else (args.start_epoch or 0, 0)
         saved = None  # tens of gigabytes, for the large models
         describe_run(args, run, config, len(pictures), len(held_out))
         if first_epoch >= args.epochs:
             say(f"nothing to train: {first_epoch} of --epochs {args.epochs} epochs are done")
-        train(run, config, first_epoch, prompts, pictures, held_out)
+        train(run, config, first_epoch, first_step, prompts, pictures, held_out)
 
 
 def draw_prompts(run: Run, path: Path, prompts: list) -> None:

@@ -58,6 +58,7 @@ class TextConfig:
     pooling: str = "mean"  # or "tokens": every token's state
     dtype: str = "fp32"  # of the LLM's weights and activations; or "bf16"
     revision: str | None = None  # of a hub name
+    trust_remote_code: bool = False  # whether Python code in the model's folder is run
 
 
 class TextEncoder:
@@ -165,8 +166,8 @@ class LanguageModel:
         self.config, name = config, config.llm
         hub.check_name("--llm_model_name", name, "llm-jp/llm-jp-3-150m")
         with hub.in_one_line("--llm_model_name", name):
-            self.architecture = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=False)
+            self.architecture = AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
             puts_bos = get_tokenizer_config(name, revision=config.revision).get("add_bos_token")
         longest = getattr(self.architecture.get_text_config(), "max_position_embeddings", None)
         if longest is not None and config.max_text_len > longest:
@@ -201,7 +202,7 @@ class LanguageModel:
         config = self.config
         with hub.in_one_line("--llm_model_name", config.llm):
             llm, report = AutoModel.from_pretrained(
-                config.llm, revision=config.revision, dtype=DTYPES[config.dtype], output_loading_info=True, trust_remote_code=False
+                config.llm, revision=config.revision, dtype=DTYPES[config.dtype], output_loading_info=True, trust_remote_code=config.trust_remote_code
             )
         missing = [key for key in report["missing_keys"] if "pooler" not in key]  # BERT's pooler is not used here
         if missing:

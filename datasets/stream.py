@@ -94,7 +94,7 @@ class Collate:
 
 
 class StreamSampler(Sampler):
-    """(index, n) of one rank's samples in one epoch.
+    """(index, n) of one rank's samples in one epoch, from batch `first` of it on.
 
     A global batch is batch_size x world samples in a row, cut among the ranks; an accumulated step is several of them.
     Args: pictures: indices of those that are trained on, (size,).
@@ -102,23 +102,32 @@ class StreamSampler(Sampler):
 
     def __init__(self, pictures: Tensor, batch_size: int, batches: int, rank: int, world: int, seed: int):
         self.pictures, self.batch_size, self.batches, self.rank, self.world, self.seed = pictures, batch_size, batches, rank, world, seed
-        self.epoch = 0
+        self.epoch = self.first = 0
         self._order = (-1, pictures)  # the shuffle in use and its number
 
     def __len__(self) -> int:
-        return self.batches * self.batch_size
+        return (self.batches - self.first) * self.batch_size
 
     def order(self, number: int) -> Tensor:
         if self._order[0] != number:
             self._order = (number, self.pictures[torch.randperm(len(self.pictures), generator=stream(self.seed, "order", number))])
         return self._order[1]
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def index(self, n: int) -> int:
+        """Which picture sample n is."""
         size = len(self.pictures)
-        for batch in range(self.epoch * self.batches, (self.epoch + 1) * self.batches):
-            first = (batch * self.world + self.rank) * self.batch_size
-            for n in range(first, first + self.batch_size):
-                yield int(self.order(n // size)[n % size]), n
+        return int(self.order(n // size)[n % size])
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for batch in range(self.epoch * self.batches + self.first, (self.epoch + 1) * self.batches):
+            start = (batch * self.world + self.rank) * self.batch_size
+            for n in range(start, start + self.batch_size):
+                yield self.index(n), n
+
+    def pictures_of(self, batch: int, count: int) -> list[int]:
+        """All ranks' pictures of `count` global batches, from the run's number `batch` on."""
+        size = self.batch_size * self.world
+        return [self.index(n) for n in range(batch * size, (batch + count) * size)]
 
 
 def hold_out(size: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -609,6 +609,7 @@ def test_two_ranks_sweep_and_evaluate_as_one_process_does(text_data, llm_folder,
         run(*argv, "--epochs", "1", "--batch_size", str(4 // main_jit.dist.world_size()), "--online_eval")
         run(*argv, "--sweep", "--cfg", "1,3", "--sweep_images", "9", "--save_images")
 
+    llm_folder(), clip_folder()  # before the processes part
     in_ranks(2, lambda: work(tmp_path / "two"))
     kept = reference.read(text_data / "fid_stats_16.npz")
     (text_data / "fid_stats_16.npz").unlink()

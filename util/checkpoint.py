@@ -1,11 +1,14 @@
 """Checkpoints: one dictionary of plain data a file, written whole or not at all, read without unpickling code.
 
 Keys: `model`, `model_ema1`, `model_ema2` (full state dicts under the prefix `net.`), `optimizer`, `epoch` (the last one finished),
-`step`, `args`, and for text models `text`. The published JiT files (an argparse Namespace as `args`, an optimizer state by position)
+`step`, `epoch_step` (steps done of the epoch after), `world`, `args`, and for text models `text`. The published JiT files (an argparse Namespace as `args`, an optimizer state by position)
 open the same way.
 """
 
 import argparse
+import os
+import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,93 @@ from torch import Tensor, nn
 
 from util.errors import UserError
 from util.files import write_whole
+from util.logging import say
 
 LAST = "checkpoint-last.pth"
 PREFIX = "net."
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    write_whole(path, lambda file: torch.save(dict(state), file))
+    """Whole, or not at all: what `path` held before stays until the new file is there.  Raises: OSError."""
+    try:
+        write_whole(path, lambda file: torch.save(dict(state), file))
+    except RuntimeError as error:  # torch's zip writer, where the disk is full
+        path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def on_host(value: Any) -> Any:
+    """A copy of plain data whose tensors are in host memory and share nothing with it."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: on_host(item) for key, item in value.items()}
+    return [on_host(item) for item in value] if isinstance(value, list) else value
+
+
+class Writer:
+    """Writes checkpoints while training goes on, which waits only for their copy to host memory and for the one before.
+
+    Where one cannot be written, training goes on with the last good one on disk, and says so; two in a row stop it.
+    """
+
+    def __init__(self, keep_last: int | None = None):
+        self.keep_last, self.failed = keep_last, 0
+        self.thread: threading.Thread | None = None
+        self.error: OSError | None = None
+
+    def write(self, state: Mapping[str, Any], path: Path, numbered: Path | None = None) -> None:
+        """`state` as it is now into `path`, and under the name `numbered` too.  Raises: UserError for the second failure in a row."""
+        self.wait()
+        copy = on_host(state)
+        self.thread = threading.Thread(target=self._work, args=(copy, path, numbered))
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written any more.  Raises: UserError for the second failure in a row."""
+        if self.thread is None:
+            return
+        self.thread.join()
+        self.thread = None
+        self.failed = self.failed + 1 if self.error else 0
+        if self.failed == 1:
+            say(f"WARNING: no checkpoint could be written ({self.error}); training goes on, the last good one stays. Make room before the next")
+        elif self.failed > 1:
+            raise UserError(
+                f"two checkpoints in a row could not be written ({self.error}); the last good one is untouched. Make room, or name another --output_dir"
+            )
+
+    def _work(self, state: Mapping[str, Any], path: Path, numbered: Path | None) -> None:
+        self.error = None
+        try:
+            save(path, state)
+            if numbered:
+                keep_as(path, numbered)
+                remove_old(numbered.parent, self.keep_last)
+        except OSError as error:
+            self.error = error
+
+
+def keep_as(path: Path, name: Path) -> None:
+    """The file under a second name: the same bytes where the file system can link, else a copy.  Raises: OSError."""
+    beside = name.with_name(f".{name.name}.tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(path, beside)
+    except OSError:
+        shutil.copyfile(path, beside)
+    os.replace(beside, name)
+
+
+def numbered_in(folder: Path) -> list[Path]:
+    """checkpoint-N.pth, in the order of N."""
+    found = [path for path in folder.glob("checkpoint-*.pth") if path.stem.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")))
+
+
+def remove_old(folder: Path, keep_last: int | None) -> None:
+    for path in numbered_in(folder)[:-keep_last] if keep_last else []:
+        path.unlink()
 
 
 def find(resume: str, output_dir: str) -> Path | None:
@@ -34,7 +117,7 @@ def find(resume: str, output_dir: str) -> Path | None:
         return path
     if (path / LAST).is_file():
         return path / LAST
-    numbered = sorted(path.glob("checkpoint-*.pth"))
+    numbered = numbered_in(path)
     if path.resolve() == Path(output_dir).resolve() and not numbered:
         return None
     what = f"holds {', '.join(p.name for p in numbered[:3])} but no {LAST}; name the file" if numbered else f"is no checkpoint and holds no {LAST}"

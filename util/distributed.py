@@ -90,6 +90,24 @@ def min_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+class Exchange:
+    """Tells all ranks whether any of them says yes, one call late: each call starts an exchange on the CPU and ends the one before."""
+
+    def __init__(self):
+        self.work, self.votes = None, torch.zeros(1)
+
+    def any(self, mine: bool) -> bool:
+        """What the ranks said at the call before; without a group, what is said now.  Collective."""
+        if not dist.is_initialized():
+            return mine
+        if self.work is not None:
+            self.work.wait()
+        before = self.votes.item() > 0
+        self.votes = torch.tensor([float(mine)])
+        self.work = dist.all_reduce(self.votes, async_op=True)
+        return before
+
+
 def gather_rows(rows: Tensor, main_only: bool = False) -> Tensor:
     """All ranks' rows, rank 0's first, on the CPU; ranks may hold different numbers of them.  Collective.
 

@@ -1,5 +1,6 @@
 """Files that are whole or not there, their hashes, and folders that can be written to."""
 
+import fcntl
 import hashlib
 import os
 import tempfile
@@ -39,6 +40,27 @@ def writable_folder(path: str | Path, flag: str) -> Path:
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written to: {error.strerror}") from error
     return path
+
+
+class Lock:
+    """Keeps a folder for this process until it ends, however it ends.
+
+    A POSIX record lock: the system lets go of it when the process dies, and forked children do not hold it, so a lock is never stale.
+    Raises: UserError where another process holds it.
+    """
+
+    def __init__(self, folder: Path, flag: str):
+        self.file = open(folder / ".lock", "a+")  # noqa: SIM115 (held until the process ends)
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.file.seek(0)
+            raise UserError(f"{flag} {folder} is in use by another job ({self.file.read().strip()}); wait for it, or name another {flag}") from None
+        except OSError:  # a file system without locks
+            return
+        self.file.truncate(0)
+        self.file.write(f"{os.uname().nodename}, process {os.getpid()}\n")
+        self.file.flush()
 
 
 def sha256_of(path: str | Path) -> str:

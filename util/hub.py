@@ -33,6 +33,9 @@ def in_one_line(flag: str, name: str, but: type[Exception] = UserError) -> Itera
     except (UserError, but):
         raise
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            trusted = ", and if you trust its authors, add --trust_remote_code" if flag == "--llm_model_name" else ", or choose a model without"
+            raise UserError(f"{flag} {name} brings Python code of its own, which is not run; read it{trusted}") from error
         raise UserError(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
