@@ -1,10 +1,10 @@
-# make setup | demo | demo-emoji | test | lint        PYTHON=... uses that Python's environment as it is, without .venv
+# make setup | demo | demo-emoji | test | test-all | lint        PYTHON=... uses that Python's environment as it is, without .venv
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 BASE_PYTHON ?= python3
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: setup demo demo-emoji test lint
+.PHONY: setup demo demo-emoji test test-all lint
 setup: $(READY)
 
 $(VENV)/.ready: pyproject.toml
@@ -26,6 +26,10 @@ demo-emoji: $(READY)
 
 test: $(READY)
 	$(PYTHON) -m pytest
+
+# Half an hour: many more fuzzed inputs, and runs killed at random moments.
+test-all: $(READY)
+	FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest -m "long or not long"
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

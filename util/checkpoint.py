@@ -130,8 +130,8 @@ def load(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken zip, a pickle with code in it, a file cut short: each its own exception
-        raise UserError(f"--resume {path}: not a loadable checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from error
-    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"--resume {path}: not a loadable checkpoint ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"--resume {path}: no checkpoint of a JiT; wanted a dictionary with the key 'model'")
     state["args"] = vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else state.get("args") or {}
     return state

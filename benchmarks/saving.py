@@ -1,0 +1,54 @@
+"""How long a checkpoint holds training up: `python -m benchmarks.saving --out DIR [--model JiT-B/16] [--device cuda]`.
+
+The whole state (weights, two averages, AdamW's moments) goes through checkpoint.Writer as in training: `write` returns when it is copied to
+host memory, the file is written behind it. For comparison the same state written in the foreground.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from models_jit import build_model
+from util import checkpoint
+from util.ema import Ema
+
+
+def whole_state(model: str, img_size: int, device: torch.device) -> dict:
+    net = build_model(model, input_size=img_size).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    for param in net.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    emas = [Ema(net, decay) for decay in (0.9999, 0.9996)]
+    averages = {f"model_ema{i + 1}": checkpoint.with_prefix(ema.state_dict(net)) for i, ema in enumerate(emas)}
+    return {"model": checkpoint.with_prefix(net.state_dict()), **averages, "optimizer": checkpoint.optimizer_state(optimizer, net), "step": 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="JiT-B/16")
+    parser.add_argument("--img_size", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    state, path, writer = whole_state(args.model, args.img_size, torch.device(args.device)), args.out / checkpoint.LAST, checkpoint.Writer()
+    print("| | training waits | until it is on disk |\n|---|---|---|")
+    for _ in range(args.rounds):
+        start = time.perf_counter()
+        writer.write(state, path)
+        copied = time.perf_counter() - start
+        writer.wait()
+        print(f"| in the background | {copied:.2f} s | {time.perf_counter() - start:.2f} s |", flush=True)
+        start = time.perf_counter()
+        checkpoint.save(path, state)
+        seconds = time.perf_counter() - start
+        print(f"| in the foreground | {seconds:.2f} s | {seconds:.2f} s |", flush=True)
+    print(f"{path.stat().st_size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
