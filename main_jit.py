@@ -784,6 +784,7 @@ def train(run: Run, config: engine.TrainConfig, first_epoch: int, first_step: in
         saver.finish()
     saver.writer.wait()
     dist.barrier()  # rank 0 may have been writing
+    saver.stop.close()
 
 
 def evaluate_online(run: Run, board: Board, prompts: list) -> None:

@@ -22,8 +22,12 @@ class Stop:
         self.name, self.at = "", 0.0
         self.leave: Callable[[], None] | None = None  # what to do at once, where nothing is lost by it
         self.exchange = dist.Exchange()
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def close(self) -> None:
+        """Signals do again what they did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
         now = time.monotonic()
