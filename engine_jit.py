@@ -180,8 +180,7 @@ class Report:
     """Progress bar and TensorBoard of a training run; waits for the GPU only when a line is due."""
 
     def __init__(self, bar: tqdm, board: Board, images_per_step: int):
-        self.bar, self.board, self.images_per_step = bar, board, images_per_step
-        self.skipped = 0
+        self.bar, self.board, self.images_per_step, self.skipped = bar, board, images_per_step, 0.0
         self._start()
 
     def _start(self) -> None:
@@ -219,8 +218,15 @@ class Skips:
     The gradient is the mean over all ranks, so all skip the same steps.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, before: Tensor | None = None):
+        """before: `kept` of the run that goes on."""
         self.total, self.in_a_row, self.longest, self.longest_at = torch.zeros(4, device=device)
+        if before is not None:
+            self.total, self.in_a_row = before.to(device)
+
+    def kept(self) -> Tensor:
+        """For a checkpoint: all of them, and the last ones in a row."""
+        return torch.stack([self.total, self.in_a_row])
 
     def note(self, grad_norm: Tensor, step: int) -> Tensor:
         """Returns: 1.0 where step `step` (the first is 1) is to be skipped, as a fused optimizer takes it in `found_inf`."""
@@ -251,7 +257,7 @@ def grad_norm_of(module: nn.Module) -> Tensor:
 
 
 def take_step(state: TrainState, config: TrainConfig, skips: Skips) -> Tensor:
-    """Clip, step, averages; all of it only where the gradient is finite.  Returns: the gradient's length, before clipping."""
+    """Clip, step, averages; weights and optimizer stay as they are where the gradient is not finite.  Returns: its length, before clipping."""
     parameters = list(state.net.parameters())
     norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip) if config.grad_clip else grad_norm_of(state.net)
     state.optimizer.found_inf = skips.note(norm, state.step + 1)  # what a gradient scaler would set; the fused optimizer looks at it on the device
@@ -297,7 +303,7 @@ def train_one_epoch(
         torch.manual_seed(derive(config.seed, "dropout", state.step * dist.world_size() + dist.rank()))
         losses = []
         for part in range(config.accum_iter):
-            batch = next_batch(batches)
+            batch = next(batches)
             note_broken(state, batch[3], len(loader.dataset), config.bad_images)
             with dist.no_sync(parallel, part < config.accum_iter - 1):
                 loss = batch_loss(net, batch, conditions, null, diffusion, config, device)
@@ -317,10 +323,11 @@ def train_one_epoch(
     return True
 
 
-def next_batch(batches: Iterator[tuple]) -> tuple:
-    """Raises: UserError where a loader's process died."""
+@contextmanager
+def loader_deaths() -> Iterator[None]:
+    """Raises: UserError where a loader's process died; torch tells of it wherever the program is."""
     try:
-        return next(batches)
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -332,8 +339,8 @@ def too_many_skips(step: int, position: int, loader: DataLoader, config: TrainCo
     names = [loader.dataset.paths[index] for index in loader.sampler.pictures_of(position * config.accum_iter, config.accum_iter)]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return (
-        f"the gradient of {MOST_SKIPS} steps in a row was not finite, steps {step - MOST_SKIPS + 1} to {step} (lr {lr:.2e}, --seed {config.seed}); weights are as "
-        f"before them, and so is the last checkpoint. Try a smaller --lr or --grad_clip 1. Pictures of step {step}: {shown}"
+        f"the gradient of {MOST_SKIPS} steps in a row was not finite, steps {step - MOST_SKIPS + 1} to {step} (lr {lr:.2e}, --seed {config.seed}); none of them "
+        f"changed the weights. Try a smaller --lr or --grad_clip 1. Pictures of step {step}: {shown}"
     )
 
 

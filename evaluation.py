@@ -29,6 +29,7 @@ from util.files import writable_folder, write_whole
 from util.logging import progress, say
 from util.randomness import stream
 from util.reference import Reference
+from util.stopping import in_worker
 
 OTHERS = 99  # captions that R-precision puts beside a picture's own
 MUCH_INITIAL = 0.05  # share of initial weights in an average that is called out
@@ -211,7 +212,7 @@ def read_pictures(dataset: PictureDataset, chosen: Sequence[int], num_workers: i
     """This rank's share of the pictures `chosen`: their places in it, and (B, 3, H, W) uint8; unreadable ones are left out."""
     share = _Share(dataset, chosen)
     generator = torch.Generator()  # or the loader would draw from the one that training may use
-    loader = DataLoader(share, AT_A_TIME, num_workers=num_workers, collate_fn=_stacked, generator=generator)
+    loader = DataLoader(share, AT_A_TIME, num_workers=num_workers, collate_fn=_stacked, generator=generator, worker_init_fn=in_worker)
     with progress(len(share), "reference", unit="picture") as bar:
         for count, places, pictures in loader:
             if places:
@@ -221,15 +222,12 @@ def read_pictures(dataset: PictureDataset, chosen: Sequence[int], num_workers: i
 
 def facts_of(dataset: PictureDataset, root: str, extractor: Extractor) -> dict[str, str | int]:
     """What the data's own statistics are of; the files by their names."""
-    names = hashlib.sha256()
-    for path in dataset.paths:
-        names.update(path.removeprefix(str(Path(root))).encode("utf-8", "surrogateescape") + b"\n")
     return {
         "extractor": extractor.identity,
         "img_size": dataset.img_size,
         "crop": reference.CROP,
         "files": len(dataset),
-        "data": names.hexdigest()[:32],
+        "data": dataset.fingerprint(root),
     }
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,8 +40,9 @@ from util.logging import Board, progress, say
 from util.metrics import NEIGHBOURHOOD
 from util.randomness import derive
 from util.reference import Reference
-from util.stopping import Stop
+from util.stopping import Stop, in_worker
 
+EVALUATED = ".evaluated"  # holds the step of the latest evaluation within training that came to its end
 LOW_LR = 2e-5  # below this a run of the recipe's length hardly learns: PixelGen and JiT train at 2e-4
 
 
@@ -516,8 +518,8 @@ class Run:
     painter: engine.Painter
     evaluator: evaluation.Evaluator | None  # None where nothing can be measured
     output_dir: Path
-    lock: Lock | None = None
     known_broken: int = 0
+    data: str = ""  # the data set's fingerprint
 
 
 def workers(args: argparse.Namespace) -> int:
@@ -648,11 +650,13 @@ def describe_run(args: argparse.Namespace, run: Run, config: engine.TrainConfig,
         say(f"warning: a step takes {batch} pictures and there are {pictures}; each is shown several times a step")
 
 
-def save_checkpoint(run: Run, writer: checkpoint.Writer, config: engine.TrainConfig, epoch: int, epoch_step: int, numbered: bool = False) -> None:
+def save_checkpoint(saver: "Saver", epoch: int, epoch_step: int) -> None:
     """After `epoch_step` steps of the epoch that follows `epoch`.  Rank 0 copies and goes on; the others do not wait."""
     if not dist.is_main():
         return
+    run, config = saver.run, saver.config
     net, state, args = run.state.net, run.state, run.args
+    at_end = epoch == saver.epoch
     content = {
         "model": checkpoint.with_prefix(net.state_dict()),
         **{f"model_ema{i + 1}": checkpoint.with_prefix(ema.state_dict(net)) for i, ema in enumerate(state.emas)},
@@ -660,12 +664,21 @@ def save_checkpoint(run: Run, writer: checkpoint.Writer, config: engine.TrainCon
         "epoch": epoch,
         "epoch_step": epoch_step,
         "step": state.step,
-        "world": {"processes": dist.world_size(), "effective_batch": effective_batch(args), "steps_per_epoch": config.steps_per_epoch},
+        "skips": saver.skips.kept(),
+        "evaluation_due": at_end and saver.evaluates,
+        "world": world_of(args, run, config),
         "args": dict(vars(args)),
     }
     if run.conditioning.description:
         content["text"] = run.conditioning.description
-    writer.write(content, run.output_dir / checkpoint.LAST, run.output_dir / f"checkpoint-{epoch}.pth" if numbered else None)
+    saver.writer.write(content, run.output_dir / checkpoint.LAST, run.output_dir / f"checkpoint-{epoch}.pth" if at_end and saver.numbered else None)
+
+
+def world_of(args: argparse.Namespace, run: Run, config: engine.TrainConfig) -> dict[str, Any]:
+    """What decides, with the seed, which pictures a step trains on."""
+    if not run.data:
+        run.data = run.dataset.fingerprint(args.data_path)
+    return {"processes": dist.world_size(), "effective_batch": effective_batch(args), "steps_per_epoch": config.steps_per_epoch, "data": run.data}
 
 
 def write_broken(run: Run) -> None:
@@ -678,7 +691,10 @@ def write_broken(run: Run) -> None:
         if dist.is_main():
             before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
             text = "\n".join(sorted({*before, *broken})) + "\n"
-            write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+            try:
+                write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+            except OSError as error:
+                say(f"WARNING: {path} cannot be written ({error.strerror})")
     engine.note_broken(run.state, broken, len(run.dataset), "skip")
 
 
@@ -698,6 +714,8 @@ class Saver:
     config: engine.TrainConfig
     stop: Stop
     writer: checkpoint.Writer
+    skips: engine.Skips
+    board: Board
     epoch: int = 0
     stopped: bool = False
 
@@ -732,24 +750,39 @@ class Saver:
         done = i + 1
         write_broken(self.run)
         if done == self.config.steps_per_epoch:
-            save_checkpoint(self.run, self.writer, self.config, self.epoch, 0, self.numbered)
+            save_checkpoint(self, self.epoch, 0)
         else:
-            save_checkpoint(self.run, self.writer, self.config, self.epoch - 1, done)
+            save_checkpoint(self, self.epoch - 1, done)
         return not self.stopped
 
     def finish(self) -> None:
         """All is saved: wait for what is being written, and say how to go on."""
-        self.writer.wait()
+        self.writer.close()
         why = f"stopped by {self.stop.name or 'a signal to another process'} after step {self.run.state.step}"
         say(f"{why}; go on by the same command with --resume {self.run.args.output_dir}")
 
     def leave(self) -> None:
         self.finish()
-        sys.stdout.flush()
-        os._exit(0)
+        self.board.close()
+        end_at_once()
 
 
-def train(run: Run, config: engine.TrainConfig, first_epoch: int, first_step: int, prompts: list, pictures: Tensor, held_out: Tensor) -> None:
+def end_at_once() -> None:
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def train(
+    run: Run,
+    config: engine.TrainConfig,
+    saved: dict[str, Any] | None,
+    first_epoch: int,
+    first_step: int,
+    prompts: list,
+    pictures: Tensor,
+    held_out: Tensor,
+    stop: Stop,
+) -> None:
     """`pictures` are trained on; the text's effect is measured on those held out, if any."""
     args, state, device, conditions, diffusion = run.args, run.state, run.device, run.conditioning.conditions, run.painter.diffusion
     sampler = StreamSampler(pictures, args.batch_size, config.steps_per_epoch * args.accum_iter, dist.rank(), dist.world_size(), args.seed)
@@ -761,39 +794,59 @@ def train(run: Run, config: engine.TrainConfig, first_epoch: int, first_step: in
         collate_fn=Collate(conditions if conditions.in_loader else None),
         pin_memory=args.pin_mem and device.type == "cuda",
         persistent_workers=workers(args) > 0,
+        worker_init_fn=in_worker,
     )
     parallel = dist.wrap(state.net, device)
     board = Board(run.output_dir, state.step)
     bar = progress(args.epochs * config.steps_per_epoch, "training", initial=first_epoch * config.steps_per_epoch + first_step)
-    report, skips = engine.Report(bar, board, effective_batch(args)), engine.Skips(device)
+    report, skips = engine.Report(bar, board, effective_batch(args)), engine.Skips(device, saved["skips"] if saved else None)
     gap = make_text_gap(run, held_out if len(held_out) else pictures) if args.is_text else None
-    saver = Saver(run, config, Stop(), checkpoint.Writer(args.keep_last))
-    for epoch in range(first_epoch, args.epochs):
-        saver.epoch = sampler.epoch = epoch
-        sampler.first = first_step * args.accum_iter
-        engine.train_one_epoch(state, parallel, loader, conditions, diffusion, config, epoch, first_step, report, skips, saver.pause, gap, device)
-        first_step = 0
-        if saver.stopped:
-            break
-        if saver.evaluates:
-            with saver.stop.at_once(saver.leave):
-                evaluate_online(run, board, prompts)
+    saver = Saver(run, config, stop, checkpoint.Writer(args.keep_last), skips, board)
+    if args.online_eval and saved and saved["evaluation_due"] and first_epoch and not is_evaluated(run):
+        evaluate_online(saver, prompts)
+    try:
+        for epoch in range(first_epoch, args.epochs):
+            saver.epoch = sampler.epoch = epoch
+            sampler.first = first_step * args.accum_iter
+            with engine.loader_deaths():
+                engine.train_one_epoch(state, parallel, loader, conditions, diffusion, config, epoch, first_step, report, skips, saver.pause, gap, device)
+            first_step = 0
+            if not saver.stopped and saver.evaluates:
+                evaluate_online(saver, prompts)
+            if saver.stopped:
+                saver.finish()
+                break
+        saver.writer.close()
+    except UserError:
+        with suppress(UserError):  # a checkpoint that is being written is still good
+            saver.writer.wait()
+        raise
     bar.close()
     board.close()
-    if saver.stopped:
-        saver.finish()
-    saver.writer.wait()
     dist.barrier()  # rank 0 may have been writing
-    saver.stop.close()
 
 
-def evaluate_online(run: Run, board: Board, prompts: list) -> None:
-    """Figures, if any can be had, and the test prompts' pictures, to TensorBoard.  Collective."""
+def is_evaluated(run: Run) -> bool:
+    """Whether the evaluation that was due at this step was made to its end.  Collective."""
+    path = run.output_dir / EVALUATED
+    return dist.from_main(path.is_file() and path.read_text() == str(run.state.step))
+
+
+def evaluate_online(saver: Saver, prompts: list) -> None:
+    """Figures, if any can be had, and the test prompts' pictures, to TensorBoard; a signal ends it at once, and the next start makes it anew.  Collective."""
+    run, board = saver.run, saver.board
     args, state = run.args, run.state
-    if run.evaluator:
-        board.scalars(run.evaluator(args.eval_ema[0], run.painter.sampler, args.num_images).scalars(), state.step)
-    with engine.drawing_with(state, args.eval_ema[0]):
-        board.image("test_prompts", engine.prompt_grid(run.painter, run.conditioning.prompts, prompts), state.step)
+    saver.stopped = saver.stop.agreed_now()
+    if saver.stopped:
+        return
+    with saver.stop.at_once(saver.leave):
+        if run.evaluator:
+            board.scalars(run.evaluator(args.eval_ema[0], run.painter.sampler, args.num_images).scalars(), state.step)
+        with engine.drawing_with(state, args.eval_ema[0]):
+            board.image("test_prompts", engine.prompt_grid(run.painter, run.conditioning.prompts, prompts), state.step)
+    if dist.is_main():
+        with suppress(OSError):  # on a full disk it may be made twice
+            (run.output_dir / EVALUATED).write_text(str(state.step))
 
 
 def make_optimizer(net: JiT, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
@@ -802,12 +855,13 @@ def make_optimizer(net: JiT, weight_decay: float, device: torch.device) -> torch
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
 
 
-def resume_training(args: argparse.Namespace, saved: dict[str, Any], path: Path, state: engine.TrainState, config: engine.TrainConfig) -> tuple[int, int]:
+def resume_training(args: argparse.Namespace, saved: dict[str, Any], path: Path, run: Run, config: engine.TrainConfig) -> tuple[int, int]:
     """Optimizer and step as the checkpoint has them.  Returns: the epoch to go on with, and how many of its steps are done."""
+    state, world = run.state, world_of(args, run, config)
     first_epoch = saved.get("epoch", -1) + 1 if args.start_epoch is None else args.start_epoch
     first_step = saved.get("epoch_step", 0) if args.start_epoch is None else 0
     state.step = saved.get("step", first_epoch * config.steps_per_epoch)
-    check_world(args, saved, path, config, first_step)
+    check_world(args, saved, path, world, first_step)
     by_name = checkpoint.load_optimizer_state(state.optimizer, state.net, saved.get("optimizer", {}))
     missing = "" if by_name else "; its optimizer state is not by name (a published file?), so AdamW starts afresh"
     within = f", {first_step} of its {config.steps_per_epoch} steps done" if first_step else ""
@@ -815,30 +869,28 @@ def resume_training(args: argparse.Namespace, saved: dict[str, Any], path: Path,
     return first_epoch, first_step
 
 
-def check_world(args: argparse.Namespace, saved: dict[str, Any], path: Path, config: engine.TrainConfig, first_step: int) -> None:
+def check_world(args: argparse.Namespace, saved: dict[str, Any], path: Path, world: dict[str, Any], first_step: int) -> None:
     """Says how the checkpoint was trained where that was otherwise.
 
     Raises: UserError where its steps are not this run's: another effective batch, or within an epoch other pictures.
     """
-    world = saved.get("world")
-    if not world:
+    before = saved.get("world")
+    if not before:
         return
-    batch, processes = effective_batch(args), dist.world_size()
-    if world["effective_batch"] != batch and args.start_epoch is None:
+    batch, processes = world["effective_batch"], world["processes"]
+    if before["effective_batch"] != batch and args.start_epoch is None:
         found = f"{args.batch_size} x {args.accum_iter} x {processes} = {batch}"
         raise UserError(
-            f"{path} was trained with an effective batch of {world['effective_batch']}, and --batch_size x --accum_iter x processes is {found}; "
-            f"make it {world['effective_batch']}, or say by --start_epoch that the steps are to be counted anew"
+            f"{path} was trained with an effective batch of {before['effective_batch']}, and --batch_size x --accum_iter x processes is {found}; "
+            f"make it {before['effective_batch']}, or say by --start_epoch that the steps are to be counted anew"
         )
-    if world["processes"] != processes:
-        say(f"{path} was trained by {world['processes']} processes, this run has {processes}; the effective batch and the order of the data are the same")
-    if world["steps_per_epoch"] != config.steps_per_epoch:
+    if before["processes"] != processes:
+        say(f"{path} was trained by {before['processes']} processes, this run has {processes}; the effective batch and the order of the data are the same")
+    if (before["data"], before["steps_per_epoch"]) != (world["data"], world["steps_per_epoch"]):
+        change = f"epochs of {before['steps_per_epoch']} steps, and with other files in --data_path {args.data_path} they are {world['steps_per_epoch']} now"
         if first_step:
-            raise UserError(
-                f"{path} stands within an epoch of {world['steps_per_epoch']} steps, and --data_path {args.data_path} makes one of {config.steps_per_epoch}; "
-                "give the same data, or begin the epoch again by --start_epoch"
-            )
-        say(f"an epoch was {world['steps_per_epoch']} steps in {path}, and is {config.steps_per_epoch} now: the data has changed")
+            raise UserError(f"{path} stands within one of its {change}; give the same data, or begin the epoch again by --start_epoch")
+        say(f"{path} had {change}")
 
 
 def train_config(args: argparse.Namespace, data_size: int, bf16: bool) -> engine.TrainConfig:
@@ -863,7 +915,6 @@ def train_config(args: argparse.Namespace, data_size: int, bf16: bool) -> engine
 def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path | None, prompts: list, device: torch.device) -> Run:
     """Data, features, network and weights, the cheap and the fallible first.  Collective."""
     output_dir = writable_folder(args.output_dir, "--output_dir")
-    lock = Lock(output_dir, "--output_dir") if trains(args) and dist.is_main() else None
     if evaluates(args) and min(evaluation_sizes(args)) < dist.world_size():
         raise UserError(
             f"an evaluation of {min(evaluation_sizes(args))} pictures (--num_images, --sweep_images) is fewer than the {dist.world_size()} processes"
@@ -911,7 +962,7 @@ def prepare(args: argparse.Namespace, saved: dict[str, Any] | None, path: Path |
         evaluator = evaluation.Evaluator(
             state, painter, measures, conditioning.conditions, subjects, facts, output_dir / "eval", checkpoint_file, args.save_images
         )
-    return Run(args, device, dataset, conditioning, state, painter, evaluator, output_dir, lock)
+    return Run(args, device, dataset, conditioning, state, painter, evaluator, output_dir)
 
 
 def needs_data(args: argparse.Namespace) -> bool:
@@ -934,30 +985,70 @@ def uses_bf16(args: argparse.Namespace, device: torch.device) -> bool:
 def start(args: argparse.Namespace) -> None:
     check_args(args)
     prompts = read_prompts(args)
-    path = checkpoint.find(args.resume, args.output_dir) if args.resume else None
-    if path is None and not trains(args):
-        raise UserError(f"--resume {args.resume} holds no checkpoint yet, so there is nothing to draw with")
-    unasked = Path(args.output_dir) / checkpoint.LAST
-    if args.resume is None and unasked.exists():
-        raise UserError(f"{unasked} is there already; go on with it by --resume {args.output_dir}, or name another --output_dir")
+    lock = Lock(writable_folder(args.output_dir, "--output_dir"), "--output_dir") if trains(args) and os.environ.get("RANK", "0") == "0" else None
+    path = find_checkpoint(args)
     saved = checkpoint.load(path) if path else None
     if saved:
         check_resumed(args, saved, path)
-    device = dist.init(args.device)
-    run = prepare(args, saved, path, prompts, device)
+    if not trains(args):
+        draw(args, prompts, saved, path)
+        return
+    stop = Stop()
+    try:
+        prepare_and_train(args, prompts, saved, path, stop)
+    finally:
+        stop.close()
+        del lock  # until here
+
+
+def draw(args: argparse.Namespace, prompts: list, saved: dict[str, Any], path: Path) -> None:
+    run = prepare(args, saved, path, prompts, dist.init(args.device))
     if args.generate:
         draw_prompts(run, path, prompts)
-    elif args.evaluate_gen or args.sweep:
-        evaluate_checkpoint(run, path)
     else:
+        evaluate_checkpoint(run, path)
+
+
+def prepare_and_train(args: argparse.Namespace, prompts: list, saved: dict[str, Any] | None, path: Path | None, stop: Stop) -> None:
+    def leave_early() -> None:
+        say(f"stopped by {stop.name} before training began")
+        end_at_once()
+
+    with stop.at_once(leave_early):
+        run = prepare(args, saved, path, prompts, dist.init(args.device))
         pictures, held_out = hold_out(len(run.dataset), args.held_out if args.is_text else 0, args.seed)
-        config = train_config(args, len(pictures), uses_bf16(args, device))
-        first_epoch, first_step = resume_training(args, saved, path, run.state, config) if saved else (args.start_epoch or 0, 0)
-        saved = None  # tens of gigabytes, for the large models
-        describe_run(args, run, config, len(pictures), len(held_out))
-        if first_epoch >= args.epochs:
-            say(f"nothing to train: {first_epoch} of --epochs {args.epochs} epochs are done")
-        train(run, config, first_epoch, first_step, prompts, pictures, held_out)
+        config = train_config(args, len(pictures), uses_bf16(args, run.device))
+        first_epoch, first_step = resume_training(args, saved, path, run, config) if saved else (args.start_epoch or 0, 0)
+    if saved:  # the rest is tens of gigabytes, for the large models
+        saved = {"skips": saved["skips"].clone() if "skips" in saved else None, "evaluation_due": saved.get("evaluation_due", False)}
+    describe_run(args, run, config, len(pictures), len(held_out))
+    if first_epoch >= args.epochs:
+        say(f"nothing to train: {first_epoch} of --epochs {args.epochs} epochs are done")
+    train(run, config, saved, first_epoch, first_step, prompts, pictures, held_out, stop)
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The file to begin from, if any.
+
+    A run that has written into output_dir goes on from there when the same command is given again, wherever --resume had it begin; and where torchrun
+    starts it again, --start_epoch has had its effect.
+    """
+    own = Path(args.output_dir) / checkpoint.LAST
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if trains(args) and restarted and own.exists():
+        args.start_epoch = None
+        return own
+    path = checkpoint.find(args.resume, args.output_dir) if args.resume else None
+    if path is None and not trains(args):
+        raise UserError(f"--resume {args.resume} holds no checkpoint yet, so there is nothing to draw with")
+    if not trains(args) or not own.exists():
+        return path
+    if path is None:
+        raise UserError(f"{own} is there already; go on with it by --resume {args.output_dir}, or name another --output_dir")
+    if path.resolve().parent == own.resolve().parent:
+        return path
+    say(f"going on with {own}, which was begun from --resume {args.resume} or another; for a fresh start name another --output_dir")
+    return own
 
 
 def draw_prompts(run: Run, path: Path, prompts: list) -> None:

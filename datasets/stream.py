@@ -4,7 +4,9 @@ Sample n of a run is picture order(n // size)[n % size], where order(k) is the k
 caption, the noise and the time of that sample, so neither the number of ranks nor a resumption changes what a step trains on.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,6 +53,13 @@ class PictureDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def fingerprint(self, root: str | Path) -> str:
+        """Of the names of all picture files, below `root`."""
+        value, root = hashlib.sha256(), str(Path(root))
+        for path in self.paths:
+            value.update(path.removeprefix(root).encode("utf-8", "surrogateescape") + b"\n")
+        return value.hexdigest()[:32]
 
     def condition(self, index: int, n: int) -> int:
         """The label of picture `index`, or the number of the caption that sample n shows it with."""

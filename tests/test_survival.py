@@ -199,7 +199,8 @@ def test_a_signal_finishes_the_step_saves_and_leaves_with_zero(number, text_data
 
 def test_a_second_signal_leaves_at_once(text_data, llm_folder, tmp_path):
     def work():
-        engine_jit.take_step = lambda *_: (tmp_path / "busy").touch() or time.sleep(60)
+        matrix = torch.randn(4000, 4000)
+        engine_jit.take_step = lambda *_: (tmp_path / "busy").touch() or torch.linalg.svd(matrix)  # minutes that no signal handler interrupts
         run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--epochs", 1))
 
     pid = child(work)
@@ -237,6 +238,35 @@ def test_a_signal_while_evaluating_leaves_at_once_with_all_saved(text_data, llm_
     os.kill(pid, signal.SIGTERM)
     assert ended(pid) == 0 and time.perf_counter() - start < 10
     assert weights(tmp_path / "out")["step"] == 8 and "stopped by SIGTERM after step 8" in capfd.readouterr().out
+
+    made = []  # the evaluation that was cut short is made by the next start, once
+
+    def again(*epochs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_jit, "prompt_grid", lambda *_: made.append(1) or np.zeros((8, 8, 3), np.uint8))
+            run(
+                *flags(
+                    text_data,
+                    llm_folder(),
+                    tmp_path / "out",
+                    "--batch_size",
+                    2,
+                    "--epochs",
+                    *epochs,
+                    "--online_eval",
+                    "--eval_freq",
+                    2,
+                    "--resume",
+                    tmp_path / "out",
+                )
+            )
+
+    again(2)
+    assert len(made) == 1
+    again(2)
+    assert len(made) == 1
+    again(3)
+    assert len(made) == 2
 
 
 @pytest.mark.slow
@@ -292,6 +322,48 @@ def test_a_full_disk_is_loud_once_and_ends_the_run_the_second_time(text_data, ll
     assert weights(tmp_path / "out")["step"] == 4 + 3 and (tmp_path / "out" / checkpoint.LAST).read_bytes() != good
 
 
+def test_the_last_checkpoint_of_a_run_is_there_or_the_run_has_failed(text_data, llm_folder, tmp_path, monkeypatch):
+    save = checkpoint.save
+    for fails, error in [(1, OSError(28, "No space left on device")), (2, OSError(28, "No space left on device")), (2, MemoryError("no memory"))]:
+        out, calls = tmp_path / f"{fails}{type(error).__name__}", iter(range(1, 100))
+
+        def full(path, state, fails=fails, error=error, calls=calls):
+            if next(calls) <= fails:
+                raise error
+            save(path, state)
+
+        monkeypatch.setattr(checkpoint, "save", full)
+        argv = flags(text_data, llm_folder(), out, "--batch_size", 4, "--epochs", 1)
+        if fails == 1:  # tried once more
+            run(*argv)
+            assert weights(out)["step"] == 2
+        else:
+            with pytest.raises(UserError, match="could not be written"):
+                run(*argv)
+
+
+def test_a_full_disk_ends_the_events_and_not_the_training(text_data, llm_folder, tmp_path, monkeypatch, capsys):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--epochs", 2))
+    assert weights(tmp_path / "out")["step"] == 8 and capsys.readouterr().out.count("TensorBoard's events cannot be written") == 1
+
+
+def test_an_error_does_not_throw_a_checkpoint_away_that_is_being_written(text_data, llm_folder, tmp_path, monkeypatch):
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: time.sleep(0.5) or save(*args))
+    poisoned(monkeypatch, set(range(2, 40)))
+    with pytest.raises(UserError, match="10 steps in a row"):
+        run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_freq_steps", 11))
+    assert weights(tmp_path / "out")["step"] == 11 and weights(tmp_path / "out")["skips"].tolist() == [9, 9]
+    with pytest.raises(UserError, match="10 steps in a row .* steps 3 to 12"):  # they are counted on
+        run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_freq_steps", 1, "--resume", tmp_path / "out"))
+
+
 def test_a_file_that_finds_no_room_leaves_the_one_before(tmp_path):
     path = tmp_path / checkpoint.LAST
     checkpoint.save(path, {"model": {"a": torch.zeros(10)}})
@@ -336,6 +408,31 @@ def test_another_world_with_the_same_batch_goes_on_and_another_batch_is_refused(
             run(*argv(tmp_path / "two", *extra))
 
 
+def test_the_same_command_goes_on_with_what_it_has_written(text_data, llm_folder, tmp_path, monkeypatch, capsys):
+    """Also where --resume names the checkpoint of another run to begin from, and where torchrun starts it again."""
+
+    def argv(out, *more):
+        return flags(text_data, llm_folder(), out, "--batch_size", 2, *more)
+
+    run(*argv(tmp_path / "other", "--epochs", 1))
+    tuned = argv(tmp_path / "new", "--epochs", 3, "--resume", tmp_path / "other")
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 2)
+        run(*tuned)
+    assert weights(tmp_path / "new")["step"] == 4 + 2
+    capsys.readouterr()
+    run(*tuned)
+    assert f"going on with {tmp_path / 'new' / checkpoint.LAST}" in capsys.readouterr().out and weights(tmp_path / "new")["step"] == 12
+
+    begun = argv(tmp_path / "other", "--epochs", 3, "--resume", tmp_path / "other", "--start_epoch", 2)
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 2)
+        run(*begun)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(*begun)
+    assert "2 of its 4 steps done" in capsys.readouterr().out
+
+
 def test_within_an_epoch_the_data_must_be_the_same(tmp_path, llm_folder, monkeypatch, capsys):
     data = write_text_data(tmp_path / "data", 8)
     argv = flags(data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--resume", tmp_path / "out")
@@ -343,13 +440,22 @@ def test_within_an_epoch_the_data_must_be_the_same(tmp_path, llm_folder, monkeyp
         StopAfter(patch, 2)
         run(*argv, "--epochs", "1")
     write_text_data(data, 12)
-    with pytest.raises(UserError, match="stands within an epoch of 4 steps, and --data_path .* makes one of 6; .* --start_epoch"):
+    changed = "stands within one of its epochs of 4 steps, and with other files in --data_path .* they are 6 now; .* --start_epoch"
+    with pytest.raises(UserError, match=changed):
         run(*argv, "--epochs", "1")
+    (data / "images" / "8.png").unlink(), (data / "images" / "9.png").unlink(), (data / "images" / "10.png").unlink()
+    (data / "images" / "11.png").unlink()
+    (data / "images" / "0.png").rename(data / "images" / "x.png")
+    (data / "captions" / "0.txt").rename(data / "captions" / "x.txt")
+    with pytest.raises(UserError, match="they are 4 now"):  # as many, but others
+        run(*argv, "--epochs", "1", "--missing_captions", "skip")
+    write_text_data(data, 12)
+    (data / "images" / "x.png").unlink(), (data / "captions" / "x.txt").unlink()
     run(*argv, "--epochs", "1", "--start_epoch", "0")
     capsys.readouterr()
     write_text_data(data, 16)
     run(*argv, "--epochs", "2")
-    assert "an epoch was 6 steps in" in capsys.readouterr().out
+    assert "had epochs of 6 steps, and with other files" in capsys.readouterr().out
 
 
 def test_two_jobs_in_one_output_dir(text_data, llm_folder, tmp_path, capfd):

@@ -51,13 +51,18 @@ class Writer:
     def __init__(self, keep_last: int | None = None):
         self.keep_last, self.failed = keep_last, 0
         self.thread: threading.Thread | None = None
-        self.error: OSError | None = None
+        self.error: Exception | None = None
+        self.latest: tuple | None = None  # what the last one was written from, until it is on disk
 
     def write(self, state: Mapping[str, Any], path: Path, numbered: Path | None = None) -> None:
         """`state` as it is now into `path`, and under the name `numbered` too.  Raises: UserError for the second failure in a row."""
         self.wait()
-        copy = on_host(state)
-        self.thread = threading.Thread(target=self._work, args=(copy, path, numbered))
+        self.latest = (on_host(state), path, numbered)
+        self._start()
+
+    def _start(self) -> None:
+        self.error = None
+        self.thread = threading.Thread(target=self._work, args=self.latest)
         self.thread.start()
 
     def wait(self) -> None:
@@ -74,26 +79,35 @@ class Writer:
                 f"two checkpoints in a row could not be written ({self.error}); the last good one is untouched. Make room, or name another --output_dir"
             )
 
+    def close(self) -> None:
+        """At the end of a run, when there is no next: a last one that failed is tried once more.  Raises: UserError where it fails again."""
+        self.wait()
+        if self.failed:
+            self._start()
+            self.wait()
+
     def _work(self, state: Mapping[str, Any], path: Path, numbered: Path | None) -> None:
-        self.error = None
         try:
-            save(path, state)
+            save(numbered or path, state)
             if numbered:
-                keep_as(path, numbered)
-                remove_old(numbered.parent, self.keep_last)
-        except OSError as error:
+                keep_as(numbered, path)
+                remove_old(numbered, self.keep_last)
+            self.latest = None
+        except Exception as error:  # whatever it is, it must not pass for a checkpoint
             self.error = error
 
 
 def keep_as(path: Path, name: Path) -> None:
-    """The file under a second name: the same bytes where the file system can link, else a copy.  Raises: OSError."""
+    """The file under a second name too: the same bytes where the file system can link, else a copy.  Raises: OSError."""
     beside = name.with_name(f".{name.name}.tmp")
     beside.unlink(missing_ok=True)
     try:
         os.link(path, beside)
     except OSError:
-        shutil.copyfile(path, beside)
-    os.replace(beside, name)
+        with open(path, "rb") as file:
+            write_whole(name, lambda copy: shutil.copyfileobj(file, copy))
+    else:
+        os.replace(beside, name)
 
 
 def numbered_in(folder: Path) -> list[Path]:
@@ -102,9 +116,11 @@ def numbered_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem.removeprefix("checkpoint-")))
 
 
-def remove_old(folder: Path, keep_last: int | None) -> None:
-    for path in numbered_in(folder)[:-keep_last] if keep_last else []:
-        path.unlink()
+def remove_old(newest: Path, keep_last: int | None) -> None:
+    """The numbered checkpoints beside `newest`, but for the last `keep_last` and itself."""
+    for path in numbered_in(newest.parent)[:-keep_last] if keep_last else []:
+        if path != newest:
+            path.unlink(missing_ok=True)
 
 
 def find(resume: str, output_dir: str) -> Path | None:

@@ -5,10 +5,12 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from util.errors import UserError
+from util.logging import say
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], mark: str = "") -> None:
@@ -27,7 +29,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], mark: str = "") -
         temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
+    with suppress(OSError):  # some network file systems cannot sync a folder; the file is there
+        os.fsync(folder)
     os.close(folder)
 
 
@@ -50,17 +53,19 @@ class Lock:
     """
 
     def __init__(self, folder: Path, flag: str):
-        self.file = open(folder / ".lock", "a+")  # noqa: SIM115 (held until the process ends)
         try:
+            self.file = open(folder / ".lock", "a+")  # noqa: SIM115 (held until the process ends)
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except BlockingIOError:
             self.file.seek(0)
             raise UserError(f"{flag} {folder} is in use by another job ({self.file.read().strip()}); wait for it, or name another {flag}") from None
-        except OSError:  # a file system without locks
+        except OSError as error:  # a file system without locks, or another user's file
+            say(f"warning: {folder} cannot be locked ({error.strerror}); see to it that no other job uses it")
             return
-        self.file.truncate(0)
-        self.file.write(f"{os.uname().nodename}, process {os.getpid()}\n")
-        self.file.flush()
+        with suppress(OSError):  # on a full disk the lock holds all the same
+            self.file.truncate(0)
+            self.file.write(f"{os.uname().nodename}, process {os.getpid()}\n")
+            self.file.flush()
 
 
 def sha256_of(path: str | Path) -> str:

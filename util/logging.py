@@ -1,8 +1,9 @@
 """What a run says while it trains: a progress bar and TensorBoard, both on rank 0 only."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -35,15 +36,21 @@ class Board:
             self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._try(lambda writer, name=name, value=value: writer.add_scalar(name, value, step))
 
     def image(self, name: str, picture: np.ndarray, step: int) -> None:
         """picture: (H, W, 3) uint8."""
-        if self.writer:
-            self.writer.add_image(name, picture, step, dataformats="HWC")
+        self._try(lambda writer: writer.add_image(name, picture, step, dataformats="HWC"))
 
     def close(self) -> None:
+        self._try(lambda writer: writer.close())
+
+    def _try(self, action: Callable[[Any], None]) -> None:
+        """A full disk ends the events, not the training."""
         if self.writer:
-            self.writer.close()
+            try:
+                action(self.writer)
+            except OSError as error:
+                self.writer = None
+                say(f"WARNING: TensorBoard's events cannot be written ({error}); this run logs no more of them")
