@@ -6,15 +6,13 @@ import pickle
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, ROOT, child, ended, write_text_data
+from conftest import CAPTIONS, child, ended, in_ranks, write_text_data
 
 import cache_text
 import text_features
@@ -305,14 +303,16 @@ def test_features_of_another_making_than_the_checkpoints_are_refused():
             text_features.check_saved(made | {field: other}, made)
 
 
-@pytest.mark.slow
-def test_two_ranks_build_the_store_that_one_process_builds(llm_folder, tmp_path, monkeypatch):
+def test_two_ranks_build_the_store_that_one_process_builds(llm_folder, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(disk, "SHARD_ROWS", 1024)
     data = write_text_data(tmp_path / "data", 8)
     (data / "captions" / "0.txt").write_text("\n".join(f"{i} 番目の猫" for i in range(3000)), encoding="utf-8")
-    flags = ["--data_path", str(data), "--llm_model_name", str(llm_folder()), "--text_cache_dir", str(tmp_path / "two"), "--device", "cpu"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "cache_text.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "complete, 3017 texts" in done.stdout, done.stderr[-2000:]
-    cache_text.main([*flags[:4], "--text_cache_dir", str(tmp_path / "one"), "--device", "cpu"])
+    flags = ["--data_path", str(data), "--llm_model_name", str(llm_folder()), "--device", "cpu"]
+
+    def build(store):
+        cache_text.build(cache_text.get_parser().parse_args([*flags, "--text_cache_dir", str(store)]))
+
+    in_ranks(2, lambda: build(tmp_path / "two"))
+    assert "complete, 3017 texts" in capfd.readouterr().out
+    build(tmp_path / "one")
     assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(contents(tmp_path / "one")) == 1 + 3

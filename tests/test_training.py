@@ -1,12 +1,8 @@
 """Training as a whole, at toy size: resuming, ranks, accumulation, the frozen LLM, what stops a run."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, load_encoder, write_text_data
+from conftest import in_ranks, load_encoder, write_text_data
 from PIL import Image
 
 import engine_jit
@@ -75,21 +71,15 @@ def test_accumulated_parts_take_the_step_of_the_whole_batch(text_data, llm_folde
     assert_same_training(weights(tmp_path / "a"), weights(tmp_path / "b"), exact=False)
 
 
-def torchrun(processes, *argv, timeout=170):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "main_jit.py", *map(str, argv)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-@pytest.mark.slow
-def test_two_ranks_train_evaluate_resume_and_equal_one_process_with_the_double_batch(text_data, llm_folder, tmp_path):
+def test_two_ranks_train_evaluate_resume_and_equal_one_process_with_the_double_batch(text_data, llm_folder, tmp_path, capfd):
     one, two = tmp_path / "one", tmp_path / "two"
     run(*flags(text_data, llm_folder(), one, "--batch_size", 4, "--epochs", 2, "--grad_clip", "1"))
     parts = ["--batch_size", 2, "--grad_clip", "1", "--online_eval", "--resume", two]
     for epochs in (1, 2):
-        done = torchrun(2, *flags(text_data, llm_folder(), two, *parts, "--epochs", epochs))
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert "resumed" in done.stdout and "next epoch 1, step 2" in done.stdout
-    assert "FID and IS are left out" in done.stdout  # the tests' cache has no Inception weights
+        in_ranks(2, lambda epochs=epochs: run(*flags(text_data, llm_folder(), two, *parts, "--epochs", epochs)))
+    printed = capfd.readouterr().out
+    assert printed.count("resumed") == 1 and "next epoch 1, step 2" in printed
+    assert "FID and IS are left out" in printed  # the tests' cache has no Inception weights
     a, b = weights(one), weights(two)
     assert moved(a) > 1e-4
     assert_same_training(a, b, exact=False)
