@@ -162,7 +162,7 @@ def main() -> None:
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     if args.what == "digits":
-        digits(out, args.llm, args.epochs or 8)
+        digits(out, args.llm, args.epochs or 7)
     else:
         emoji(out, args.llm, args.epochs)
 
