@@ -861,7 +861,7 @@ def resume_training(args: argparse.Namespace, saved: dict[str, Any], path: Path,
     first_epoch = saved.get("epoch", -1) + 1 if args.start_epoch is None else args.start_epoch
     first_step = saved.get("epoch_step", 0) if args.start_epoch is None else 0
     state.step = saved.get("step", first_epoch * config.steps_per_epoch)
-    check_world(args, saved, path, world, first_step)
+    check_data(args, saved, path, world, first_step)
     by_name = checkpoint.load_optimizer_state(state.optimizer, state.net, saved.get("optimizer", {}))
     missing = "" if by_name else "; its optimizer state is not by name (a published file?), so AdamW starts afresh"
     within = f", {first_step} of its {config.steps_per_epoch} steps done" if first_step else ""
@@ -869,24 +869,26 @@ def resume_training(args: argparse.Namespace, saved: dict[str, Any], path: Path,
     return first_epoch, first_step
 
 
-def check_world(args: argparse.Namespace, saved: dict[str, Any], path: Path, world: dict[str, Any], first_step: int) -> None:
-    """Says how the checkpoint was trained where that was otherwise.
-
-    Raises: UserError where its steps are not this run's: another effective batch, or within an epoch other pictures.
-    """
-    before = saved.get("world")
-    if not before:
+def check_batch(args: argparse.Namespace, saved: dict[str, Any], path: Path) -> None:
+    """Raises: UserError where a step of the checkpoint is another number of pictures than this run's."""
+    world = saved.get("world")
+    if not world:
         return
-    batch, processes = world["effective_batch"], world["processes"]
-    if before["effective_batch"] != batch and args.start_epoch is None:
+    batch, processes = effective_batch(args), dist.world_size()
+    if world["effective_batch"] != batch and args.start_epoch is None:
         found = f"{args.batch_size} x {args.accum_iter} x {processes} = {batch}"
         raise UserError(
-            f"{path} was trained with an effective batch of {before['effective_batch']}, and --batch_size x --accum_iter x processes is {found}; "
-            f"make it {before['effective_batch']}, or say by --start_epoch that the steps are to be counted anew"
+            f"{path} was trained with an effective batch of {world['effective_batch']}, and --batch_size x --accum_iter x processes is {found}; "
+            f"make it {world['effective_batch']}, or say by --start_epoch that the steps are to be counted anew"
         )
-    if before["processes"] != processes:
-        say(f"{path} was trained by {before['processes']} processes, this run has {processes}; the effective batch and the order of the data are the same")
-    if (before["data"], before["steps_per_epoch"]) != (world["data"], world["steps_per_epoch"]):
+    if world["processes"] != processes:
+        say(f"{path} was trained by {world['processes']} processes, this run has {processes}; the effective batch and the order of the data are the same")
+
+
+def check_data(args: argparse.Namespace, saved: dict[str, Any], path: Path, world: dict[str, Any], first_step: int) -> None:
+    """Says where the files have changed.  Raises: UserError where they have within an epoch, whose order is another then."""
+    before = saved.get("world")
+    if before and (before["data"], before["steps_per_epoch"]) != (world["data"], world["steps_per_epoch"]):
         change = f"epochs of {before['steps_per_epoch']} steps, and with other files in --data_path {args.data_path} they are {world['steps_per_epoch']} now"
         if first_step:
             raise UserError(f"{path} stands within one of its {change}; give the same data, or begin the epoch again by --start_epoch")
@@ -1015,7 +1017,10 @@ def prepare_and_train(args: argparse.Namespace, prompts: list, saved: dict[str, 
         end_at_once()
 
     with stop.at_once(leave_early):
-        run = prepare(args, saved, path, prompts, dist.init(args.device))
+        device = dist.init(args.device)
+        if saved:
+            check_batch(args, saved, path)
+        run = prepare(args, saved, path, prompts, device)
         pictures, held_out = hold_out(len(run.dataset), args.held_out if args.is_text else 0, args.seed)
         config = train_config(args, len(pictures), uses_bf16(args, run.device))
         first_epoch, first_step = resume_training(args, saved, path, run, config) if saved else (args.start_epoch or 0, 0)
