@@ -8,9 +8,10 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-import main_jit
 import text_features
-from main_jit import check_args, make_dataset, or_leave, read_prompts, store_folder, text_config
+from flags import Parser, check_args
+from flags import get_parser as get_flags
+from main_jit import make_dataset, or_leave, read_prompts, store_folder, text_config
 from util import distributed as dist
 from util.errors import UserError
 
@@ -25,8 +26,8 @@ def build(args: argparse.Namespace) -> None:
     text_features.build_store(config, store_folder(args), make_dataset(args).captions, prompts, device)
 
 
-def get_parser() -> main_jit.Parser:
-    parser = main_jit.get_parser()
+def get_parser() -> Parser:
+    parser = get_flags()
     parser.description = __doc__.split("\n")[0]
     parser.set_defaults(model="JiT-B/16-Text")
     parser.add_argument(

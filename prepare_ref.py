@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import evaluation
-import main_jit
 from datasets.imagenet import ClassFolder
 from datasets.stream import PictureDataset
 from datasets.text_image import TextImageFolder
+from flags import Parser
+from flags import get_parser as get_flags
 from main_jit import or_leave, workers
 from util import distributed as dist
 from util import extractors
@@ -46,9 +47,9 @@ def build(args: argparse.Namespace) -> None:
     say(f"{out}: statistics of {len(dataset)} pictures of {args.img_size} pixels; give it to --fid_stats")
 
 
-def get_parser() -> main_jit.Parser:
-    parser = main_jit.Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for action in main_jit.get_parser()._actions:
+def get_parser() -> Parser:
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for action in get_flags()._actions:
         if action.dest in SHARED:
             parser._add_action(action)
     parser.add_argument("--out", required=True, help="the file to write")

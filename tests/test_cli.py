@@ -134,7 +134,7 @@ def test_a_typo_in_any_flag_is_an_error_that_names_the_flag(capsys):
 
 
 def test_every_flag_is_read_and_explained():
-    source = (ROOT / "main_jit.py").read_text(encoding="utf-8")
+    source = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("flags.py", "main_jit.py"))
     for action in get_parser()._actions:
         if action.dest in ("help",):
             continue
@@ -244,7 +244,7 @@ def test_our_folder_datasets_does_not_disturb_transformers(llm_folder, tmp_path)
 def test_nothing_but_main_reads_flags_and_one_module_talks_to_torch_distributed():
     for path in [*ROOT.glob("*.py"), *(ROOT / "util").glob("*.py"), *(ROOT / "datasets").glob("*.py")]:
         source = path.read_text(encoding="utf-8")
-        if path.name not in ("main_jit.py", "cache_text.py", "prepare_ref.py", "checkpoint.py", "demo.py"):
+        if path.name not in ("flags.py", "main_jit.py", "cache_text.py", "prepare_ref.py", "checkpoint.py", "demo.py"):
             assert "argparse" not in source, path
         if path.name != "distributed.py":
             assert "torch.distributed" not in source.split('"""', 2)[-1], path
