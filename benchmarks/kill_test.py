@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -43,17 +44,21 @@ def command(out: Path, run: Path, args: argparse.Namespace) -> list[str]:
     return [sys.executable, *launcher, "main_jit.py", *flags]
 
 
-def group_of(pid: int) -> list[int]:
-    """All living processes of a session."""
-    found = []
+def family(pid: int) -> list[int]:
+    """The process and all that come from it; torchrun's ranks have sessions of their own."""
+    parents = {}
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[3]) == pid and fields[0] != "Z":
-            found.append(int(path.name))
+        with suppress(OSError):  # gone meanwhile
+            parents[int(path.name)] = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
     return found
+
+
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def start(line: list[str], log: Path) -> subprocess.Popen:
@@ -76,17 +81,17 @@ def kill_and_restart(line: list[str], run: Path, args: argparse.Namespace, rng: 
             print(f"done before the last kill, after {found['kills']}; give more --epochs for more", flush=True)
             return found
         except subprocess.TimeoutExpired:
-            processes = group_of(process.pid)
+            processes = family(process.pid)
         victims = processes if rng.random() < 0.5 else [rng.choice(processes)]
         for pid in victims:
-            os.kill(pid, signal.SIGKILL)
+            kill(pid)
         found["kills"] += 1
         half = [path.stat().st_size for path in run.glob(".checkpoint*.tmp")]
         found["half-written bytes left"] += sum(half)
         found["kills while a checkpoint was being written"] += bool(half)
         time.sleep(0.2)
-        for pid in group_of(process.pid):  # what a single kill did not take along; a machine that goes down takes all
-            os.kill(pid, signal.SIGKILL)
+        for pid in processes:  # what a single kill did not take along: a rank whose torchrun was killed goes on, and keeps the folder
+            kill(pid)
         process.wait()
         if found["kills"] % 10 == 0:
             print(f"{found['kills']} kills, at step {step_of(run)}", flush=True)
