@@ -27,7 +27,7 @@ demo-emoji: $(READY)
 test: $(READY)
 	$(PYTHON) -m pytest
 
-# Half an hour: many more fuzzed inputs, and runs killed at random moments.
+# Many more fuzzed inputs, and runs killed at random moments.
 test-all: $(READY)
 	FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest -m "long or not long"
 
