@@ -18,7 +18,7 @@ from tqdm import tqdm
 from denoiser import DiffusionConfig, Net, SamplerConfig, denoising_loss, sample, sample_time
 from util import distributed as dist
 from util.ema import Ema
-from util.errors import UserError
+from util.errors import UserError, one_line
 from util.logging import Board, progress, say
 from util.lr_sched import lr_at
 from util.randomness import derive, normal, uniform
@@ -179,8 +179,9 @@ class TextGap:
 class Report:
     """Progress bar and TensorBoard of a training run; waits for the GPU only when a line is due."""
 
-    def __init__(self, bar: tqdm, board: Board, images_per_step: int):
-        self.bar, self.board, self.images_per_step, self.skipped = bar, board, images_per_step, 0.0
+    def __init__(self, bar: tqdm, board: Board, images_per_step: int, skips: "Skips"):
+        self.bar, self.board, self.images_per_step, self.skips = bar, board, images_per_step, skips
+        self.skipped = skips.total.item()  # those that have been told
         self._start()
 
     def _start(self) -> None:
@@ -196,12 +197,12 @@ class Report:
         self.losses.append(loss)
         self.bar.update()
 
-    def line(self, step: int, lr: float, skips: "Skips", values: Mapping[str, Tensor]) -> None:
+    def line(self, step: int, lr: float, values: Mapping[str, Tensor]) -> None:
         """Read and log the mean loss since the last line, of the steps where it is finite, and this step's `values`.  Collective."""
         losses = torch.stack(self.losses)
         finite = losses.isfinite()
         counted = dist.sum_over_ranks(torch.stack([losses.where(finite, 0).sum(), finite.sum()]))
-        total, count, skipped, *read = torch.stack([*counted, skips.total, *(value.float() for value in values.values())]).tolist()
+        total, count, skipped, *read = torch.stack([*counted, self.skips.total, *(value.float() for value in values.values())]).tolist()
         loss, scalars = total / count if count else math.nan, dict(zip(values, read))
         if skipped > self.skipped:
             say(f"warning: {skipped - self.skipped:.0f} of {len(losses)} steps before step {step} were skipped: their gradient was not finite")
@@ -280,11 +281,11 @@ def train_one_epoch(
     first: int,
     report: Report,
     skips: Skips,
-    pause: Callable[[int], Callable[[int, float], bool] | None],
+    pause: Callable[[int], Callable[[int], bool] | None],
     gap: TextGap | None,
     device: torch.device,
-) -> bool:
-    """The steps of one epoch from number `first` on.  Collective.  Returns: whether it was done to its end.
+) -> None:
+    """The steps of one epoch from number `first` on.  Collective.
 
     `parallel` is `state.net` as DDP runs it. Before step i, pause(i) says what is to be done after it, if anything: a line is due
     then too, so what is saved is known to be finite; where that returns False, the epoch ends there.
@@ -314,13 +315,12 @@ def train_one_epoch(
         norm = take_step(state, config, skips)
         report.add(torch.stack(losses).mean())
         if due:
-            report.line(state.step, lr, skips, {"grad_norm": norm} | values | (gap.measure(state.net, config.bf16) if gap else {}))
+            report.line(state.step, lr, {"grad_norm": norm} | values | (gap.measure(state.net, config.bf16) if gap else {}))
             if (last := skips.too_many()) is not None:
                 position = epoch * config.steps_per_epoch + i - (state.step - last)
                 raise UserError(too_many_skips(last, position, loader, config, lr))
         if after is not None and not after(i):
-            return False
-    return True
+            return
 
 
 @contextmanager
@@ -331,7 +331,7 @@ def loader_deaths() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"a loader process died ({' '.join(str(error).split())[:200]}); if that was for want of memory, lower --num_workers") from error
+        raise UserError(f"a loader process died ({one_line(error)}); if that was for want of memory, lower --num_workers") from error
 
 
 def too_many_skips(step: int, position: int, loader: DataLoader, config: TrainConfig, lr: float) -> str:

@@ -484,7 +484,8 @@ def train(
     parallel = dist.wrap(state.net, device)
     board = Board(run.output_dir, state.step)
     bar = progress(args.epochs * config.steps_per_epoch, "training", initial=first_epoch * config.steps_per_epoch + first_step)
-    report, skips = engine.Report(bar, board, effective_batch(args)), engine.Skips(device, saved["skips"] if saved else None)
+    skips = engine.Skips(device, saved["skips"] if saved else None)
+    report = engine.Report(bar, board, effective_batch(args), skips)
     gap = make_text_gap(run, held_out if len(held_out) else pictures) if args.is_text else None
     saver = Saver(run, config, stop, checkpoint.Writer(args.keep_last), skips, board)
     if args.online_eval and saved and saved["evaluation_due"] and first_epoch and not is_evaluated(run):

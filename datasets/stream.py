@@ -50,16 +50,20 @@ class PictureDataset(Dataset):
 
     def __init__(self, paths: Iterable[str], img_size: int, hflip: bool, seed: int = 0):
         self.paths, self.img_size, self.hflip, self.seed = PackedStrings(paths), img_size, hflip, seed
+        self.fingerprints: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def fingerprint(self, root: str | Path) -> str:
-        """Of the names of all picture files, below `root`."""
-        value, root = hashlib.sha256(), str(Path(root))
-        for path in self.paths:
-            value.update(path.removeprefix(root).encode("utf-8", "surrogateescape") + b"\n")
-        return value.hexdigest()[:32]
+        """Of the names of all picture files, below `root`; taken once, since millions of names take seconds."""
+        root = str(Path(root))
+        if root not in self.fingerprints:
+            value = hashlib.sha256()
+            for path in self.paths:
+                value.update(path.removeprefix(root).encode("utf-8", "surrogateescape") + b"\n")
+            self.fingerprints[root] = value.hexdigest()[:32]
+        return self.fingerprints[root]
 
     def condition(self, index: int, n: int) -> int:
         """The label of picture `index`, or the number of the caption that sample n shows it with."""

@@ -353,15 +353,17 @@ def test_a_full_disk_ends_the_events_and_not_the_training(text_data, llm_folder,
     assert weights(tmp_path / "out")["step"] == 8 and capsys.readouterr().out.count("TensorBoard's events cannot be written") == 1
 
 
-def test_an_error_does_not_throw_a_checkpoint_away_that_is_being_written(text_data, llm_folder, tmp_path, monkeypatch):
+def test_an_error_does_not_throw_a_checkpoint_away_that_is_being_written(text_data, llm_folder, tmp_path, monkeypatch, capsys):
     save = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *args: time.sleep(0.5) or save(*args))
     poisoned(monkeypatch, set(range(2, 40)))
     with pytest.raises(UserError, match="10 steps in a row"):
         run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_freq_steps", 11))
     assert weights(tmp_path / "out")["step"] == 11 and weights(tmp_path / "out")["skips"].tolist() == [9, 9]
+    capsys.readouterr()
     with pytest.raises(UserError, match="10 steps in a row .* steps 3 to 12"):  # they are counted on
         run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--save_freq_steps", 1, "--resume", tmp_path / "out"))
+    assert "1 of 1 steps before step 12 were skipped" in capsys.readouterr().out  # the nine before were told of
 
 
 def test_a_file_that_finds_no_room_leaves_the_one_before(tmp_path):

@@ -1,8 +1,8 @@
 """Checkpoints: one dictionary of plain data a file, written whole or not at all, read without unpickling code.
 
 Keys: `model`, `model_ema1`, `model_ema2` (full state dicts under the prefix `net.`), `optimizer`, `epoch` (the last one finished),
-`step`, `epoch_step` (steps done of the epoch after), `world`, `args`, and for text models `text`. The published JiT files (an argparse Namespace as `args`, an optimizer state by position)
-open the same way.
+`step`, `epoch_step` (steps done of the epoch after), `skips`, `evaluation_due` (at this step), `world`, `args`, and for text models `text`.
+The published JiT files (an argparse Namespace as `args`, an optimizer state by position) open the same way.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util.errors import UserError
+from util.errors import UserError, one_line
 from util.files import write_whole
 from util.logging import say
 
@@ -146,7 +146,7 @@ def load(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken zip, a pickle with code in it, a file cut short: each its own exception
-        raise UserError(f"--resume {path}: not a loadable checkpoint ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"--resume {path}: not a loadable checkpoint ({type(error).__name__}: {one_line(error)})") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"--resume {path}: no checkpoint of a JiT; wanted a dictionary with the key 'model'")
     state["args"] = vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else state.get("args") or {}

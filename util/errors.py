@@ -10,6 +10,11 @@ class UserError(ValueError):
     """What a user can put right; `main_jit.py` prints it as one line: what was found, what was wanted, which flag to turn."""
 
 
+def one_line(error: BaseException, longest: int = 200) -> str:
+    """What an exception says, for a message of ours to quote."""
+    return " ".join(str(error).split())[:longest]
+
+
 def leave(message: str, code: int) -> NoReturn:
     """Print one line and end the process, in a torchrun group at once: waiting for the other ranks could last for ever."""
     if os.environ.get("RANK", "0") != "0":

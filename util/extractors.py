@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from util import distributed as dist
 from util import hub
-from util.errors import UserError
+from util.errors import UserError, one_line
 from util.files import sha256_of
 from util.logging import say
 
@@ -114,8 +114,8 @@ def load_fidelity(network: FidelityNetwork, given: str | None, device: torch.dev
         torch.load(path, map_location="cpu", weights_only=True)  # torch-fidelity unpickles freely, so what is in there is seen to first
         module = create_feature_extractor(network.name, list(network.layers), cuda=False, feature_extractor_weights_path=str(path), verbose=False)
     except Exception as error:  # a pickle with code in it, a file cut short, other weights: each its own exception
-        problem = " ".join(str(error).split())[:200]
-        raise UserError(f"{network.flag} {path}: not the weights of {network.name} ({type(error).__name__}: {problem}); {missing(network)}") from error
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{network.flag} {path}: not the weights of {network.name} ({problem}); {missing(network)}") from error
     digest = sha256_of(path)
     if len(set(dist.gather_objects(digest))) > 1:
         raise UserError(f"{network.flag} {path} is not the same file on all nodes")
@@ -205,7 +205,7 @@ def load_clip(name: str, device: torch.device) -> Clip | None:
             clip = Clip(model, AutoProcessor.from_pretrained(name, trust_remote_code=False), identity, device)
             clip.of_captions([""]) @ clip.of_pictures(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).T  # does all that it will have to
     except OSError as error:
-        problem = " ".join(str(error).split())[:200]
+        problem = one_line(error)
     if problems := [found for found in dist.gather_objects(problem) if found]:
         say(f"CLIP score and R-precision are left out: --clip_model {name} cannot be had ({problems[0]})")
         return None

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from util.errors import UserError
+from util.errors import UserError, one_line
 from util.files import sha256_of
 
 
@@ -36,7 +36,7 @@ def in_one_line(flag: str, name: str, but: type[Exception] = UserError) -> Itera
         if "trust_remote_code" in str(error):
             trusted = ", and if you trust its authors, add --trust_remote_code" if flag == "--llm_model_name" else ", or choose a model without"
             raise UserError(f"{flag} {name} brings Python code of its own, which is not run; read it{trusted}") from error
-        raise UserError(f"{flag} {name} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{flag} {name} cannot be loaded: {one_line(error, 300)}") from error
 
 
 def digest_of_weights(folder: Path) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util.errors import UserError
+from util.errors import UserError, one_line
 from util.files import sha256_of, write_whole
 from util.metrics import Statistics
 
@@ -32,7 +32,7 @@ def read(path: Path) -> Reference:
     except FileNotFoundError:
         raise UserError(f"--fid_stats {path}: no such file") from None
     except Exception as error:  # no zip, cut short, arrays of Python objects or of text
-        raise UserError(f"--fid_stats {path}: not readable as reference statistics ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"--fid_stats {path}: not readable as reference statistics ({one_line(error)})") from error
     if len(values) < 2:
         raise UserError(f"--fid_stats {path}: no reference statistics; wanted the arrays mu and sigma, found {', '.join(names) or 'none'}")
     width = values["mu"].shape[-1] if values["mu"].ndim else 0
