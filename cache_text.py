@@ -4,40 +4,36 @@ The store that training builds by itself, and then finds complete: `torchrun ...
 May be killed and started again, and run by several jobs at once: each takes what the others have not done.
 """
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+
+import flags
+from util.errors import told_in_one_line
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        flags.parse_cache()  # before torch is imported
 
 import text_features
-from flags import Parser, check_args
-from flags import get_parser as get_flags
-from main_jit import make_dataset, or_leave, read_prompts, store_folder, text_config
+from config import CacheJob
+from datasets.text_image import TextImageFolder
+from engine_jit import test_prompts
 from util import distributed as dist
-from util.errors import UserError
+from util.files import read_lines
 
 
-def build(args: argparse.Namespace) -> None:
-    check_args(args)
-    if args.text_cache != "disk":
-        raise UserError(f"--text_cache {args.text_cache} keeps no store that could be made ahead of time; leave it out")
-    prompts = read_prompts(args)
-    device = dist.init(args.device)
-    config = replace(text_config(args), pooling=args.text_pooling)
-    text_features.build_store(config, store_folder(args), make_dataset(args).captions, prompts, device)
-
-
-def get_parser() -> Parser:
-    parser = get_flags()
-    parser.description = __doc__.split("\n")[0]
-    parser.set_defaults(model="JiT-B/16-Text")
-    parser.add_argument(
-        "--text_pooling", choices=("mean", "tokens"), default="mean", help="one vector a caption, which training reads, or the states of all its tokens"
-    )
-    return parser
+def build(job: CacheJob) -> None:
+    """Raises: UserError where it cannot be built."""
+    asked = read_lines(job.prompts_file, "--prompts_file") if job.prompts_file else job.prompts
+    device = dist.init(job.run.device)
+    dataset = TextImageFolder(job.data.path, missing=job.data.missing)
+    folder = text_features.store_folder(job.text, job.data.path, job.run.output_dir)
+    text_features.build_store(job.text.encoder, folder, dataset.captions, list(asked or test_prompts), device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    or_leave(build, get_parser().parse_args(argv))
+    with told_in_one_line():
+        build(flags.parse_cache(argv))
+    dist.shutdown()
 
 
 if __name__ == "__main__":

@@ -6,32 +6,20 @@ may run it under bf16 autocast: v divides by 1 - t, and bf16's rounding of z or 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from config import DiffusionConfig, SamplerConfig
+
 Net = Callable[[Tensor, Tensor, Tensor], Tensor]
 VelocityFn = Callable[[Tensor, float], Tensor]
 
 
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """What the noise is; training and sampling must agree on it (defaults: the paper's table 9, 256 pixels)."""
-
-    P_mean: float = -0.8  # t = sigmoid(P_mean + P_std N(0, 1))
-    P_std: float = 0.8
-    noise_scale: float = 1.0  # standard deviation of eps; 2 at 512 pixels, 4 at 1024
-    t_eps: float = 0.05  # 1 - t is never taken below this where it divides
-
-
-@dataclass(frozen=True)
-class SamplerConfig:
-    method: str = "heun"  # or "euler"
-    steps: int = 50
-    cfg_scale: float = 1.0  # 1 = no guidance
-    cfg_interval: tuple[float, float] = (0.0, 1.0)  # range of t where guidance acts
+def noise_of(normal: Tensor, config: DiffusionConfig) -> Tensor:
+    """eps, or the start of the solver, from standard normal numbers."""
+    return config.noise_scale * normal
 
 
 def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -50,15 +38,15 @@ def sample_time(normal: Tensor, config: DiffusionConfig) -> Tensor:
     return torch.sigmoid(config.P_mean + config.P_std * normal)
 
 
-def denoising_loss(net: Net, x: Tensor, eps: Tensor, t: Tensor, y: Tensor, t_eps: float = 0.05) -> Tensor:
+def denoising_loss(net: Net, x: Tensor, normal: Tensor, t: Tensor, y: Tensor, config: DiffusionConfig) -> Tensor:
     """x-prediction under the v-loss, mean over pictures and pixels.
 
     Both velocities share the bound on 1 - t, so this is exactly the x-loss weighted by 1 / max(1 - t, t_eps)^2.
-    Args: x, eps: (B, 3, H, W), eps already scaled by the noise scale; t: (B,); y: what `net` is conditioned on.
+    Args: x: (B, 3, H, W) in [-1, 1]; normal: like x, standard normal; t: (B,); y: what `net` is conditioned on.
     """
-    z_t = interpolate(x, eps, t)
+    z_t = interpolate(x, noise_of(normal, config), t)
     x_pred = net(z_t, t, y).float()
-    return (velocity(x, z_t, t, t_eps) - velocity(x_pred, z_t, t, t_eps)).square().mean()
+    return (velocity(x, z_t, t, config.t_eps) - velocity(x_pred, z_t, t, config.t_eps)).square().mean()
 
 
 def net_velocity(net: Net, y: Tensor, t_eps: float = 0.05) -> VelocityFn:
@@ -104,12 +92,12 @@ def solve(v_fn: VelocityFn, z: Tensor, method: str, steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(net: Net, noise: Tensor, y: Tensor, y_null: Tensor, diffusion: DiffusionConfig, sampler: SamplerConfig) -> Tensor:
-    """Draw pictures.  noise: (B, 3, H, W), standard normal; y, y_null: (B, ...).  Returns: (B, 3, H, W), about [-1, 1]."""
+def sample(net: Net, normal: Tensor, y: Tensor, y_null: Tensor, diffusion: DiffusionConfig, sampler: SamplerConfig) -> Tensor:
+    """Draw pictures.  normal: (B, 3, H, W), standard normal; y, y_null: (B, ...).  Returns: (B, 3, H, W), about [-1, 1]."""
     v_fn = guided(
         net_velocity(net, y, diffusion.t_eps),
         net_velocity(net, y_null, diffusion.t_eps),
         sampler.cfg_scale,
         sampler.cfg_interval,
     )
-    return solve(v_fn, diffusion.noise_scale * noise, sampler.method, sampler.steps)
+    return solve(v_fn, noise_of(normal, diffusion), sampler.method, sampler.steps)

@@ -1,27 +1,151 @@
-"""The command line: flags, what they mean, and whether their values can work.
+"""The command line: argv -> Job, once.  The only file that knows argparse; below it, functions take configs.
 
-Read by main_jit.py alone, and by the two programs that take some of its flags; nothing below them knows of flags.
+Flags are the fields of config.py, in groups, and the few here that set no field by themselves. `python flags.py` writes docs/flags.md and docs/ja/flags.md.
 """
 
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
 
-from models_jit import parse_model_name
-from text_encoder import DTYPES, LAYERS
-from util.errors import UserError, leave
-from util.metrics import NEIGHBOURHOOD
+from config import (
+    NEIGHBOURHOOD,
+    Averages,
+    CacheJob,
+    Config,
+    Data,
+    DiffusionConfig,
+    Drawing,
+    Eval,
+    EvaluateJob,
+    Flag,
+    GenerateJob,
+    Job,
+    Model,
+    ReferenceJob,
+    Run,
+    SamplerConfig,
+    Save,
+    Sweep,
+    SweepJob,
+    TextConfig,
+    TextSource,
+    Train,
+    TrainJob,
+    check_kind,
+    check_value,
+    flag,
+    flag_of,
+    require,
+)
+from util.errors import leave
 
-TEXT_FLAGS = ("llm_model_name", "max_text_len", "llm_layer", "llm_dtype", "text_norm", "text_cache", "text_cache_dir", "held_out", "missing_captions")
-TEXT_FLAGS += ("eval_captions", "clip_model", "trust_remote_code")
+DRAWING_MODES = ("generate", "evaluate_gen", "sweep")
+EVALUATION_FLAGS = tuple(flag_of(f).name for f in fields(Eval) if flag_of(f) and f.name != "num_images")  # no effect where nothing is evaluated
 
 
-# No effect on a run that evaluates nothing.
-EVALUATION_FLAGS = (
-    "save_images", "fid_stats", "inception_weights", "eval_captions", "clip_model", "precision_recall", "vgg16_weights", "fd_dinov2",
-)  # fmt: skip
+@dataclass(frozen=True)
+class TextWords(Config):
+    use_text_conditioning: bool = flag(
+        False,
+        "use_text_conditioning",
+        "condition on captions; implied by a -Text model, an error with another",
+        "キャプションで条件付けします。-Text モデルでは自動で有効、それ以外ではエラーです",
+    )
+    freeze_llm: bool = flag(
+        True,
+        "freeze_llm",
+        "the language model is always frozen; --no-freeze_llm is refused",
+        "言語モデルは常に凍結されます。--no-freeze_llm はエラーです",
+        off="no-freeze_llm",
+    )
+
+
+@dataclass(frozen=True)
+class DrawingWords(Config):
+    interval_min: float = flag(
+        SamplerConfig.cfg_interval[0],
+        "interval_min",
+        "guidance acts where interval_min < t < interval_max",
+        "interval_min < t < interval_max の範囲でガイダンスが働きます",
+    )
+    interval_max: float = flag(SamplerConfig.cfg_interval[1], "interval_max", "see --interval_min", "--interval_min を参照")
+    interval: tuple[tuple[float, float], ...] | None = flag(
+        None,
+        "interval",
+        "ranges of t for --sweep, such as `0-1,0.1-1`, in place of --interval_min and --interval_max",
+        "--sweep 用の t の範囲（例: `0-1,0.1-1`）。--interval_min と --interval_max の代わりに指定します",
+        several="intervals",
+    )
+    online_eval: bool = flag(
+        False, "online_eval", "evaluate while training, every eval_freq epochs and at the end", "学習中に評価します（eval_freq エポックごとと最後）"
+    )
+    evaluate_gen: bool = flag(False, "evaluate_gen", "evaluate the checkpoint of --resume and stop", "--resume のチェックポイントを評価して終了します")
+    sweep: bool = flag(
+        False,
+        "sweep",
+        "evaluate the checkpoint of --resume under all combinations of --eval_ema, --cfg and --interval, then the best",
+        "--resume のチェックポイントを --eval_ema、--cfg、--interval の全組み合わせで評価し、最後に最良の設定で評価します",
+    )
+    generate: bool = flag(
+        False,
+        "generate",
+        "draw prompts with the checkpoint of --resume into output_dir/samples/ and stop",
+        "--resume のチェックポイントでプロンプトを描き、output_dir/samples/ に書いて終了します",
+    )
+    prompt: tuple[str, ...] | None = flag(
+        None,
+        "prompt",
+        "a prompt for --generate, may be given several times; a class model takes label numbers",
+        "--generate で描くプロンプト。何度でも指定できます。クラスモデルではラベル番号です",
+        shown="engine_jit.test_prompts",
+        several="prompts",
+    )
+    prompts_file: str | None = flag(
+        None, "prompts_file", "UTF-8 file with a prompt a line, for --generate", "--generate 用の、1 行に 1 プロンプトの UTF-8 ファイル"
+    )
+
+
+@dataclass(frozen=True)
+class CacheWords(Config):
+    text_pooling: str = flag(
+        "mean",
+        "text_pooling",
+        "one vector a caption, which training reads, or the states of all its tokens",
+        "キャプションごとに 1 ベクトル（学習で使う形）か、全トークンの状態",
+        choices=("mean", "tokens"),
+    )
+
+
+@dataclass(frozen=True)
+class Group:
+    title: str
+    ja: str
+    configs: tuple[type, ...]
+
+
+GROUPS = (
+    Group("model", "モデル", (Model,)),
+    Group("text", "テキスト", (TextWords, TextConfig, TextSource)),
+    Group("data", "データ", (Data,)),
+    Group("training", "学習", (Train, Averages, DiffusionConfig)),
+    Group("sampling and evaluation", "描画と評価", (SamplerConfig, DrawingWords, Drawing, Eval, Sweep)),
+    Group("run", "実行", (Run, Save)),
+)
+
+
+def flags_in(config: type) -> Iterator[tuple[Flag, Any, Any]]:
+    """Each flag of a config, its default, and the type it holds."""
+    hints = typing.get_type_hints(config)
+    for config_field in fields(config):
+        if known := flag_of(config_field):
+            hint = hints[config_field.name]
+            yield known, config_field.default, typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -53,276 +177,255 @@ def weight_names(text: str) -> tuple[str, ...]:
     return names
 
 
-class Parser(argparse.ArgumentParser):
-    """Says which flag was probably meant."""
+LISTS = {"numbers": numbers, "weights": weight_names, "intervals": intervals}
 
-    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+
+class Parser(argparse.ArgumentParser):
+    """Keeps what is given and nothing else; says which flag was probably meant."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        self.options: list[str] = []
+
+    def add(self, place: Any, known: Flag, default: Any, kind: type) -> None:
+        """place: this parser or a group of it."""
+        on, words = f"--{known.name}", help_of(known, default).replace("%", "%%")
+        self.options += [on, f"--{known.off}"] if known.off else [on]
+        if kind is bool:
+            place.add_argument(on, action="store_true", help=words)
+            if known.off:
+                place.add_argument(f"--{known.off}", action="store_false", dest=known.name, help=f"not --{known.name}")
+        elif known.several == "prompts":
+            place.add_argument(on, action="append", help=words)
+        elif known.several:
+            place.add_argument(on, type=LISTS[known.several], help=words)
+        else:
+            place.add_argument(on, type=kind, choices=known.choices or None, help=words)
+
+    def read(self, argv: Sequence[str] | None) -> dict[str, Any]:
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self.options, n=1)
             self.error(f"unknown flag {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}")
-        return args
+        return vars(args)
 
     def error(self, message: str) -> NoReturn:
         leave(f"error: {message}", 2)
 
 
-def get_parser() -> Parser:
-    parser = Parser(
-        description="Train, sample and evaluate JiT on captions or class labels.", allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def shown_default(known: Flag, default: Any) -> str:
+    return known.shown or ("" if default is None or default is False else "on" if default is True else str(default))
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", default="JiT-B/16", help="JiT-SIZE/PATCH or JiT-SIZE/PATCH-Text; sizes Nano Ti S B L H G")
-    group.add_argument("--img_size", type=int, default=256, help="width and height of the pictures, a multiple of the patch size")
-    group.add_argument("--attn_dropout", type=float, default=0.0, help="dropout of the attention weights, in the middle half of the blocks")
-    group.add_argument(
-        "--proj_dropout", type=float, default=0.0, help="dropout after attention and in the MLP, in the middle half of the blocks (paper: 0.2 for H)"
-    )
-    group.add_argument("--class_num", type=int, default=1000, help="classes of a class model")
 
-    group = parser.add_argument_group("text")
-    group.add_argument("--use_text_conditioning", action="store_true", help="condition on captions; implied by a -Text model, an error with another")
-    group.add_argument("--llm_model_name", default="llm-jp/llm-jp-3-3.7b", help="frozen language model: a Hugging Face hub name or a folder")
-    group.add_argument("--freeze_llm", action=argparse.BooleanOptionalAction, default=True, help="the LLM is always frozen; --no-freeze_llm is refused")
-    group.add_argument("--trust_remote_code", action="store_true", help="run the Python code that the LLM brings along; only for authors you trust")
-    group.add_argument("--max_text_len", type=int, default=77, help="tokens of a caption that are read; the rest is cut off")
-    group.add_argument(
-        "--llm_layer",
-        choices=LAYERS,
-        default="mean",
-        help="states that become features: the last or next to last layer's, the middle one's, or the mean over all of RMS-normalised states",
-    )
-    group.add_argument(
-        "--llm_dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="type the LLM runs in; auto: that of the checkpoint, else of the text store, else bf16 on a GPU and fp32 on a CPU",
-    )
-    group.add_argument(
-        "--text_norm",
-        choices=("none", "standardize"),
-        default="standardize",
-        help="standardize: text features to mean 0, variance 1 per dimension over the training captions",
-    )
-    group.add_argument(
-        "--text_cache",
-        choices=("disk", "memory", "off"),
-        default="disk",
-        help="features of each distinct caption once, in a store on disk or in memory; off: the LLM runs in every step, for captions too varied to store",
-    )
-    group.add_argument(
-        "--text_cache_dir", default=None, help="folder of the store (default: text_cache in data_path, or in output_dir where that is read-only)"
-    )
-    group.add_argument(
-        "--held_out",
-        type=int,
-        default=64,
-        help="pictures kept out of training to measure text_gap on, a hundredth of all at most; where none are, it is measured on training pictures",
-    )
+def help_of(known: Flag, default: Any) -> str:
+    shown = shown_default(known, default)
+    return f"{known.help.replace('`', '')} (default: {shown})" if shown else known.help.replace("`", "")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default="./data", help="folder with images/ and captions/ (text) or train/<class>/ (classes)")
-    group.add_argument("--missing_captions", choices=("error", "skip"), default="error", help="pictures without captions and captions without a picture")
-    group.add_argument(
-        "--bad_images",
-        choices=("error", "skip"),
-        default="skip",
-        help="unreadable pictures; skipped ones are listed in output_dir/bad_images.txt, over 1 %% is an error",
-    )
-    group.add_argument(
-        "--hflip",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="random horizontal flip (default: on for classes, off for text, where left, right and letters would be wrong)",
-    )
-    group.add_argument("--num_workers", type=int, default=12, help="loader processes per training process, at most one a core")
-    group.add_argument("--pin_mem", action="store_true", default=True, help="page-locked memory for faster copies to the GPU")
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=200, help="passes over the data, the resumed ones included")
-    group.add_argument("--warmup_epochs", type=float, default=5, help="epochs of linear warm-up of the learning rate from 0")
-    group.add_argument("--batch_size", type=int, default=128, help="pictures per process and step part; effective batch = batch_size x accum_iter x processes")
-    group.add_argument("--accum_iter", type=int, default=1, help="parts whose gradients are added up before each optimizer step")
-    group.add_argument("--lr", type=float, default=None, help="absolute learning rate (default: blr x effective batch / 256)")
-    group.add_argument("--blr", type=float, default=5e-5, help="base learning rate, per 256 pictures")
-    group.add_argument("--min_lr", type=float, default=0.0, help="where --lr_schedule cosine ends")
-    group.add_argument("--lr_schedule", choices=("constant", "cosine"), default="constant", help="after the warm-up")
-    group.add_argument("--weight_decay", type=float, default=0.0, help="AdamW's, not on biases and norms")
-    group.add_argument("--grad_clip", type=float, default=None, help="largest gradient norm (default: no clipping)")
-    group.add_argument("--ema_decay1", type=float, default=0.9999, help="first weight average, the one that is sampled")
-    group.add_argument("--ema_decay2", type=float, default=0.9996, help="second weight average")
-    group.add_argument(
-        "--no_ema_warmup", action="store_false", dest="ema_warmup", help="use the decays from the first step on instead of min(decay, (1 + n) / (10 + n))"
-    )
-    group.add_argument("--label_drop_prob", type=float, default=0.1, help="share of captions or labels replaced by the null, for guidance")
-    group.add_argument("--P_mean", type=float, default=-0.8, help="t = sigmoid(P_mean + P_std x normal)")
-    group.add_argument("--P_std", type=float, default=0.8, help="see --P_mean")
-    group.add_argument("--noise_scale", type=float, default=1.0, help="standard deviation of the noise: img_size / 256 in the paper")
-    group.add_argument("--t_eps", type=float, default=0.05, help="1 - t is never taken below this where it divides")
-    group.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="autocast of the network; weights are float32 always; auto: bf16 on a GPU, fp32 on a CPU",
-    )
-    group.add_argument("--seed", type=int, default=0, help="what every random number of the run follows from")
-    group.add_argument("--start_epoch", type=int, default=None, help="number of the first epoch (default: what the checkpoint says, else 0)")
-
-    group = parser.add_argument_group("sampling and evaluation")
-    group.add_argument("--sampling_method", choices=("heun", "euler"), default="heun", help="solver; the last step is Euler's either way")
-    group.add_argument("--num_sampling_steps", type=int, default=50, help="steps of the solver from noise to picture")
-    group.add_argument("--cfg", type=numbers, default="1.0", help="scale of classifier-free guidance; 1 is none; for --sweep several: 1.5,2,3 or 1.0:4.0:0.1")
-    group.add_argument("--interval_min", type=float, default=0.0, help="guidance acts where interval_min < t < interval_max")
-    group.add_argument("--interval_max", type=float, default=1.0, help="see --interval_min")
-    group.add_argument("--num_images", type=int, default=50000, help="pictures of an evaluation")
-    group.add_argument("--gen_bsz", type=int, default=256, help="pictures drawn at a time per process")
-    group.add_argument("--eval_ema", type=weight_names, default="1", help="weights that draw: the averages 1 and 2, or raw; for --sweep several: 1,2,raw")
-    group.add_argument("--eval_freq", type=int, default=40, help="epochs between evaluations")
-    group.add_argument("--online_eval", action="store_true", help="evaluate while training, every eval_freq epochs and at the end")
-    group.add_argument("--evaluate_gen", action="store_true", help="evaluate the checkpoint of --resume and stop")
-    group.add_argument(
-        "--sweep", action="store_true", help="evaluate the checkpoint of --resume under all combinations of --eval_ema, --cfg and --interval, then the best"
-    )
-    group.add_argument("--sweep_images", type=int, default=8000, help="pictures of each combination of --sweep; the best is evaluated with --num_images")
-    group.add_argument(
-        "--interval", type=intervals, default=None, help="ranges of t for --sweep, such as 0-1,0.1-1, in place of --interval_min and --interval_max"
-    )
-    group.add_argument("--save_images", action="store_true", help="keep an evaluation's pictures as PNG, below output_dir/eval/")
-    group.add_argument("--fid_stats", default=None, help="reference statistics (.npz with mu and sigma) in place of the data's own; see prepare_ref.py")
-    group.add_argument(
-        "--inception_weights",
-        default=None,
-        help="file of torch-fidelity's Inception weights (default: torch's cache, else a download into it); none: no FID and IS",
-    )
-    group.add_argument(
-        "--eval_captions", default=None, help="captions to draw in evaluations: a UTF-8 file, one a line, or a folder of .txt (default: the data's)"
-    )
-    group.add_argument(
-        "--clip_model", default=None, help="CLIP for CLIP score and R-precision, a hub name or a folder, such as llm-jp/waon-siglip2-base-patch16-256"
-    )
-    group.add_argument("--precision_recall", action="store_true", help="precision and recall too, with VGG16")
-    group.add_argument("--vgg16_weights", default=None, help="file of torchvision's VGG16 weights, for --precision_recall (default as for --inception_weights)")
-    group.add_argument("--fd_dinov2", default=None, metavar="MODEL", help="FD-DINOv2 too, with that model: facebook/dinov2-large, or a folder")
-    group.add_argument("--generate", action="store_true", help="draw prompts with the checkpoint of --resume into output_dir/samples/ and stop")
-    group.add_argument(
-        "--prompt",
-        action="append",
-        default=None,
-        help="a prompt for --generate, may be given several times (default: engine_jit.test_prompts; a class model takes label numbers)",
-    )
-    group.add_argument("--prompts_file", default=None, help="UTF-8 file with a prompt a line, for --generate")
-
-    group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="./output_dir", help="checkpoints, TensorBoard events, pictures")
-    group.add_argument("--resume", default=None, help="checkpoint file, or folder with checkpoint-last.pth; may be output_dir itself while that is new")
-    group.add_argument("--save_last_freq", type=int, default=5, help="epochs between writings of checkpoint-last.pth")
-    group.add_argument("--save_freq_steps", type=int, default=None, help="and steps between them, within epochs too (default: at ends of epochs only)")
-    group.add_argument("--keep_last", type=int, default=None, help="how many of the numbered checkpoints, of every 100th epoch, to keep (default: all)")
-    group.add_argument("--log_freq", type=int, default=100, help="steps between lines of the log")
-    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: a GPU where there is one")
+def get_parser(groups: Sequence[Group] = GROUPS, description: str = "Train, sample and evaluate JiT on captions or class labels.") -> Parser:
+    parser = Parser(description)
+    for group in groups:
+        place = parser.add_argument_group(group.title)
+        for config in group.configs:
+            for known, default, kind in flags_in(config):
+                parser.add(place, known, default, kind)
     return parser
 
 
-def check_args(args: argparse.Namespace) -> None:
-    """Raises: UserError for a value that cannot work, before anything is loaded."""
+def build(cls: type, given: Mapping[str, Any], **fixed: Any) -> Any:
+    """A config of what is given and of its defaults.  fixed: fields that the flags do not say one to one."""
+    hints, found = typing.get_type_hints(cls), dict(fixed)
+    for config_field in fields(cls):
+        known, name = flag_of(config_field), config_field.name
+        if name in fixed:
+            continue
+        if known and known.name in given:
+            value = given[known.name]
+            found[name] = value[0] if known.several else value
+        elif is_dataclass(hints[name]):
+            found[name] = build(hints[name], given)
+    return cls(**found)
 
-    def require(ok: bool, message: str) -> None:
-        if not ok:
-            raise UserError(message)
 
-    try:
-        _, patch, args.is_text = parse_model_name(args.model)
-    except ValueError as error:
-        raise UserError(f"--model {error}") from error
-    require(args.img_size > 0, f"--img_size {args.img_size} must be positive")
-    smaller = args.img_size // patch * patch
+def parse(argv: Sequence[str] | None = None) -> Job:
+    """Raises: UserError for flags that cannot work, before anything is loaded."""
+    return job_of(get_parser().read(argv))
+
+
+def job_of(given: Mapping[str, Any]) -> Job:
+    """The job that the flags `given`, by name, ask for."""
+    for group in GROUPS:
+        for config in group.configs:
+            for known, _, _ in flags_in(config):
+                check_value(known, given.get(known.name))
+    mode = mode_of(given)
+    model = build(Model, given)
+    if mode == "train" or "model" in given:  # else the checkpoint says what it is
+        check_kind(model, given)
+        require(model.is_text or not given.get("use_text_conditioning"), f"--use_text_conditioning needs a text model; try --model {model.name}-Text")
     require(
-        args.img_size % patch == 0, f"--img_size {args.img_size} is not a multiple of the patch size {patch} of --model {args.model}; try {smaller or patch}"
+        given.get("freeze_llm", True), "--no-freeze_llm: the LLM is always frozen, since its features are computed once for the whole run; leave the flag out"
     )
-    require(args.is_text or not args.use_text_conditioning, f"--use_text_conditioning needs a text model; try --model {args.model}-Text")
-    require(args.freeze_llm, "--no-freeze_llm: the LLM is always frozen, since its features are computed once for the whole run; leave the flag out")
-    defaults = get_parser().parse_args([])
-    for flag in ("class_num",) if args.is_text else TEXT_FLAGS:
-        require(getattr(args, flag) == getattr(defaults, flag), f"--{flag} has no effect on the {'text' if args.is_text else 'class'} model {args.model}")
-    require(args.text_cache == "disk" or args.text_cache_dir is None, f"--text_cache_dir has no effect with --text_cache {args.text_cache}")
-    require(args.lr is None or args.blr == defaults.blr, "--lr and --blr: give one of them")
-    require(args.min_lr == 0 or args.lr_schedule == "cosine", "--min_lr is where --lr_schedule cosine ends; add that, or leave it out")
-
-    for flag, value in vars(args).items():
-        for number in value if flag == "cfg" else (value,):
-            require(not isinstance(number, float) or math.isfinite(number), f"--{flag} {number} must be a finite number")
-
-    for flag in (
-        "epochs",
-        "batch_size",
-        "accum_iter",
-        "max_text_len",
-        "num_sampling_steps",
-        "num_images",
-        "sweep_images",
-        "eval_freq",
-        "gen_bsz",
-        "class_num",
-        "save_last_freq",
-        "log_freq",
-    ):
-        require(getattr(args, flag) >= 1, f"--{flag} {getattr(args, flag)} must be at least 1")
-    for flag in ("save_freq_steps", "keep_last"):
-        require(getattr(args, flag) is None or getattr(args, flag) >= 1, f"--{flag} {getattr(args, flag)} must be at least 1")
-    for flag in ("num_workers", "seed", "held_out", "warmup_epochs", "min_lr", "weight_decay"):
-        require(getattr(args, flag) >= 0, f"--{flag} {getattr(args, flag)} must not be negative")
-    for flag in ("blr", "P_std", "noise_scale", "lr", "grad_clip"):
-        require(getattr(args, flag) is None or getattr(args, flag) > 0, f"--{flag} {getattr(args, flag)} must be positive")
-    for flag in ("attn_dropout", "proj_dropout", "ema_decay1", "ema_decay2", "t_eps"):
-        require(0 <= getattr(args, flag) < 1, f"--{flag} {getattr(args, flag)} must be in [0, 1)")
-    require(args.t_eps > 0, "--t_eps 0 would divide by zero at t = 1; the paper uses 0.05")
-    require(0 <= args.label_drop_prob <= 1, f"--label_drop_prob {args.label_drop_prob} must be in [0, 1]")
-    require(min(args.cfg) >= 0, f"--cfg {min(args.cfg)} must not be negative")
-    low, high = args.interval_min, args.interval_max
-    require(0 <= low <= high <= 1, f"--interval_min {low} --interval_max {high}: wanted 0 <= interval_min <= interval_max <= 1")
-    start = args.start_epoch or 0
-    require(0 <= start < args.epochs, f"--start_epoch {start} must be in [0, epochs), and --epochs is {args.epochs}")
-
-    modes = [f"--{mode}" for mode in ("generate", "evaluate_gen", "sweep", "online_eval") if getattr(args, mode)]
-    require(len(modes) <= 1, f"{' and '.join(modes)} are different runs; give one of them")
-    require(not modes or modes[0] == "--online_eval" or args.resume is not None, f"{modes and modes[0]} needs a trained model: --resume FOLDER_OR_FILE")
-    check_evaluation(args, defaults, require)
-    for flag in ("prompt", "prompts_file"):
-        require(getattr(args, flag) is None or args.generate, f"--{flag} is for --generate")
-    require(args.prompt is None or args.prompts_file is None, "--prompt and --prompts_file: give one of them")
+    check_lists(given, mode)
+    check_evaluation(given, mode)
+    check_prompts(given, mode)
+    interval = tuple(given.get(name, default) for name, default in zip(("interval_min", "interval_max"), SamplerConfig.cfg_interval))
+    shared = {
+        "model": model,
+        "diffusion": build(DiffusionConfig, given),
+        "data": build(Data, given),
+        "text": build(TextSource, given) if mode != "train" or model.is_text else None,
+        "averages": build(Averages, given),
+        "drawing": build(Drawing, given, sampler=build(SamplerConfig, given, cfg_interval=interval)),
+        "run": build(Run, given),
+    }
+    train = build(Train, given)  # its flags are checked in every mode
+    if mode == "train":
+        return TrainJob(train=train, save=build(Save, given), evaluation=build(Eval, given) if given.get("online_eval") else None, **shared)
+    if mode == "generate":
+        return GenerateJob(prompts=tuple(given.get("prompt", ())), prompts_file=given.get("prompts_file"), given=given, **shared)
+    if mode == "evaluate_gen":
+        return EvaluateJob(evaluation=build(Eval, given, demands="figures"), given=given, **shared)
+    return SweepJob(evaluation=build(Eval, given, demands="fid"), sweep=sweep_of(given), given=given, **shared)
 
 
-def check_evaluation(args: argparse.Namespace, defaults: argparse.Namespace, require: Callable[[bool, str], None]) -> None:
-    for flag in EVALUATION_FLAGS:
-        require(evaluates(args) or not getattr(args, flag), f"--{flag} has no effect without --online_eval, --evaluate_gen or --sweep")
-    few = min(evaluation_sizes(args), default=0)
-    require(few > NEIGHBOURHOOD or not args.precision_recall, f"--precision_recall needs more than {NEIGHBOURHOOD} pictures, and {few} are asked for")
-    require(args.vgg16_weights is None or args.precision_recall, "--vgg16_weights is for --precision_recall; add that, or leave it out")
-    several = [f"--{flag}" for flag in ("cfg", "eval_ema") if len(getattr(args, flag)) > 1]
-    if args.sweep:
-        wanted = "try --eval_ema 1,2,raw --cfg 1.0:4.0:0.1 --interval 0-1,0.1-1"
-        guided = set(args.cfg) != {1}  # without guidance all intervals are one
-        require(bool(several) or (guided and len(args.interval or ()) > 1), f"--sweep needs several settings to choose from; {wanted}")
-        whole = (args.interval_min, args.interval_max) == (defaults.interval_min, defaults.interval_max)
-        require(args.interval is None or whole, "--interval, and --interval_min and --interval_max: give one of them")
-        for low, high in args.interval or ():
-            require(0 <= low <= high <= 1, f"--interval {low:g}-{high:g}: wanted 0 <= low <= high <= 1")
-    else:
+def mode_of(given: Mapping[str, Any]) -> str:
+    modes = [mode for mode in (*DRAWING_MODES, "online_eval") if given.get(mode)]
+    require(len(modes) <= 1, f"{' and '.join(f'--{mode}' for mode in modes)} are different runs; give one of them")
+    if not modes or modes == ["online_eval"]:
+        return "train"
+    require(given.get("resume") is not None, f"--{modes[0]} needs a trained model: --resume FOLDER_OR_FILE")
+    return modes[0]
+
+
+def check_lists(given: Mapping[str, Any], mode: str) -> None:
+    """Several values are for --sweep, and a sweep needs some."""
+    scales, ranges = given.get("cfg", (SamplerConfig.cfg_scale,)), given.get("interval")
+    several = [f"--{name}" for name in ("cfg", "eval_ema") if len(given.get(name, ())) > 1]
+    if mode != "sweep":
         require(not several, f"{' and '.join(several)} with several values needs --sweep")
-        require(args.interval is None, "--interval is for --sweep; otherwise give --interval_min and --interval_max")
-        require(args.sweep_images == defaults.sweep_images, "--sweep_images is for --sweep")
+        require(ranges is None, "--interval is for --sweep; otherwise give --interval_min and --interval_max")
+        require(given.get("sweep_images", Sweep.images) == Sweep.images, "--sweep_images is for --sweep")
+        return
+    wanted = "try --eval_ema 1,2,raw --cfg 1.0:4.0:0.1 --interval 0-1,0.1-1"
+    guided = set(scales) != {1}  # without guidance all intervals are one
+    require(bool(several) or (guided and len(ranges or ()) > 1), f"--sweep needs several settings to choose from; {wanted}")
+    whole = all(given.get(name, default) == default for name, default in zip(("interval_min", "interval_max"), SamplerConfig.cfg_interval))
+    require(ranges is None or whole, "--interval, and --interval_min and --interval_max: give one of them")
+    for low, high in ranges or ():
+        require(0 <= low <= high <= 1, f"--interval {low:g}-{high:g}: wanted 0 <= low <= high <= 1")
 
 
-def evaluates(args: argparse.Namespace) -> bool:
-    return args.online_eval or args.evaluate_gen or args.sweep
+def check_evaluation(given: Mapping[str, Any], mode: str) -> None:
+    evaluates = mode in ("evaluate_gen", "sweep") or bool(given.get("online_eval"))
+    for name in EVALUATION_FLAGS:
+        require(evaluates or not given.get(name), f"--{name} has no effect without --online_eval, --evaluate_gen or --sweep")
+    sizes = [given.get("num_images", Eval.num_images), *([given.get("sweep_images", Sweep.images)] if mode == "sweep" else [])]
+    few = min(sizes) <= NEIGHBOURHOOD and given.get("precision_recall")
+    require(not few, f"--precision_recall needs more than {NEIGHBOURHOOD} pictures, and {min(sizes)} are asked for")
 
 
-def evaluation_sizes(args: argparse.Namespace) -> list[int]:
-    """Numbers of pictures that the run's evaluations draw."""
-    return [args.num_images] * evaluates(args) + [args.sweep_images] * args.sweep
+def check_prompts(given: Mapping[str, Any], mode: str) -> None:
+    for name in ("prompt", "prompts_file"):
+        require(given.get(name) is None or mode == "generate", f"--{name} is for --generate")
+    require(given.get("prompt") is None or given.get("prompts_file") is None, "--prompt and --prompts_file: give one of them")
 
 
-def trains(args: argparse.Namespace) -> bool:
-    return not (args.generate or args.evaluate_gen or args.sweep)
+def sweep_of(given: Mapping[str, Any]) -> Sweep:
+    return build(Sweep, given, weights=given.get("eval_ema", ()), scales=given.get("cfg", ()), intervals=given.get("interval", ()))
+
+
+def parse_cache(argv: Sequence[str] | None = None) -> CacheJob:
+    """cache_text.py: a training command, or just its data and text flags."""
+    groups = (*GROUPS, Group("store", "ストア", (CacheWords,)))
+    given = get_parser(groups, "Encode a data set's captions ahead of time: a training command with cache_text.py in place of main_jit.py.").read(argv)
+    given.setdefault("model", "JiT-B/16-Text")
+    job = job_of(given)
+    require(job.model.is_text, f"--model {job.model.name} is a class model and has no captions; try --model {job.model.name}-Text")
+    require(job.text.cache == "disk", f"--text_cache {job.text.cache} keeps no store that could be made ahead of time; leave it out")
+    text = replace(job.text, encoder=replace(job.text.encoder, pooling=build(CacheWords, given).text_pooling))
+    return CacheJob(job.data, text, job.run, tuple(given.get("prompt", ())), given.get("prompts_file"))
+
+
+def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:
+    """prepare_ref.py: the few flags that decide reference statistics."""
+    shared = ("data_path", "img_size", "missing_captions", "inception_weights", "num_workers", "device")
+    parser = Parser("Reference statistics for FID of a data set under the training's crop.")
+    for config in (Data, Model, Eval, Run):
+        for known, default, kind in flags_in(config):
+            if known.name in shared:
+                parser.add(parser, known, default, kind)
+    parser.add_argument("--out", required=True, help="the .npz to write")
+    parser.options.append("--out")
+    given = parser.read(argv)
+    for known, _, _ in flags_in(Model):
+        check_value(known, given.get(known.name))
+    require(Path(given["out"]).suffix == ".npz", f"--out {given['out']}: wanted a file name that ends in .npz")
+    size, weights = given.get("img_size", Model.img_size), build(Eval, given).inception_weights
+    return ReferenceJob(build(Data, given), size, weights, given["out"], build(Run, given).device)
+
+
+# --- docs/flags.md
+
+
+TABLE = {
+    "en": (
+        "# Flags",
+        "[日本語](ja/flags.md)",
+        "Written by `python flags.py` from the fields of `config.py` and `flags.py`.",
+        "flag",
+        "default",
+        "values",
+        "meaning",
+    ),
+    "ja": (
+        "# フラグ",
+        "[English](../flags.md)",
+        "`config.py` と `flags.py` のフィールドから `python flags.py` で生成しています。",
+        "フラグ",
+        "既定値",
+        "値",
+        "意味",
+    ),
+}
+SHOWN_JA = {
+    "on": "有効",
+    "all": "すべて",
+    "the data's": "データのもの",
+    "the data's own": "データ自身の統計",
+    "no clipping": "制限なし",
+    "at ends of epochs only": "エポックの終わりのみ",
+    "on for classes, off for text": "クラスは有効、テキストは無効",
+    "what the checkpoint says, else 0": "チェックポイントの続き、なければ 0",
+    "blr x effective batch / 256": "blr x 実効バッチ / 256",
+    "torch's cache, else a download into it": "torch のキャッシュ、なければダウンロード",
+    "as for --inception_weights": "--inception_weights と同様",
+    "text_cache in data_path, or in output_dir where that is read-only": "data_path の text_cache、書き込めなければ output_dir の text_cache",
+}
+
+
+def markdown(language: str) -> str:
+    """The page of all flags, "en" or "ja"."""
+    heading, other, source, *columns = TABLE[language]
+    lines = [heading, "", other, "", source]
+    for group in GROUPS:
+        title = group.title[0].upper() + group.title[1:] if language == "en" else group.ja
+        lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|---|---|---|---|"]
+        for config in group.configs:
+            for known, default, _ in flags_in(config):
+                shown = shown_default(known, default[0] if known.several == "numbers" and isinstance(default, tuple) else default)
+                shown = SHOWN_JA.get(shown, shown) if language == "ja" else shown
+                values = ", ".join(f"`{choice}`" for choice in known.choices) or (known.bounds.shown if known.bounds else "")
+                names = f"`--{known.name}`" + (f" `--{known.off}`" if known.off else "")
+                lines.append(f"| {names} | {shown} | {values} | {known.help if language == 'en' else known.ja} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_docs(folder: Path) -> None:
+    for language, path in (("en", folder / "flags.md"), ("ja", folder / "ja" / "flags.md")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(markdown(language), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_docs(Path(__file__).parent / "docs")

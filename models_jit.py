@@ -4,13 +4,14 @@ Shapes: B batch, N patches, T = N + context tokens, C width, p patch size, G = i
 layouts are those of the published checkpoints. This file knows no loss, no LLM and no device; text comes in as one vector a picture.
 """
 
-import re
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.layers import AttentionRope, RotaryEmbeddingCat
 from torch import Tensor, nn
+
+from config import parse_model_name
 
 
 class RMSNorm(nn.RMSNorm):
@@ -230,17 +231,6 @@ SIZES = {
     "H": (1280, 32, 16, 256, 10, 32),
     "G": (1664, 40, 16, 256, 10, 32),
 }
-
-
-def parse_model_name(name: str) -> tuple[str, int, bool]:
-    """'JiT-B/16-Text' -> ('B', 16, True): size, patch size, whether it is conditioned on text.
-
-    Raises: ValueError for a name that is not JiT-{size}/{patch} or JiT-{size}/{patch}-Text.
-    """
-    match = re.fullmatch(rf"JiT-({'|'.join(SIZES)})/([1-9]\d*)(-Text)?", name)
-    if not match:
-        raise ValueError(f"{name!r} is not a JiT; wanted JiT-SIZE/PATCH or JiT-SIZE/PATCH-Text with SIZE one of {', '.join(SIZES)}")
-    return match[1], int(match[2]), match[3] is not None
 
 
 def build_model(name: str, **kwargs) -> JiT:

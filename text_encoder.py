@@ -7,19 +7,23 @@ Right padding with real attention masks keeps a causal LM's states of the real t
 import hashlib
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import TextConfig
 from util import hub
 from util.errors import UserError
 
 PROBE = "猫が窓辺で眠っている写真。A cat, 2匹の犬と富士山。"  # its token ids are the tokenizer's fingerprint
-LAYERS = ("last", "-2", "middle", "mean")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def usual_dtype(device: torch.device) -> str:
+    """What the LLM runs in where nothing else says it."""
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def normalize(caption: str) -> str:
@@ -46,19 +50,6 @@ def states_of_layer(hidden: Sequence[Tensor], last: Tensor, layer: str) -> Tenso
     if layer == "mean":
         return sum(rms_normalized(states.float()) for states in blocks) / len(blocks)
     return rms_normalized((hidden[-2] if layer == "-2" else blocks[max(len(blocks) // 2 - 1, 0)]).float())
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """What decides a caption's features, besides the model's files."""
-
-    llm: str  # a hub name or a folder
-    max_text_len: int = 77
-    layer: str = "last"
-    pooling: str = "mean"  # or "tokens": every token's state
-    dtype: str = "fp32"  # of the LLM's weights and activations; or "bf16"
-    revision: str | None = None  # of a hub name
-    trust_remote_code: bool = False  # whether Python code in the model's folder is run
 
 
 class TextEncoder:
@@ -200,9 +191,10 @@ class LanguageModel:
         from transformers import AutoModel
 
         config = self.config
+        dtype = DTYPES[usual_dtype(device) if config.dtype == "auto" else config.dtype]
         with hub.in_one_line("--llm_model_name", config.llm):
             llm, report = AutoModel.from_pretrained(
-                config.llm, revision=config.revision, dtype=DTYPES[config.dtype], output_loading_info=True, trust_remote_code=config.trust_remote_code
+                config.llm, revision=config.revision, dtype=dtype, output_loading_info=True, trust_remote_code=config.trust_remote_code
             )
         missing = [key for key in report["missing_keys"] if "pooler" not in key]  # BERT's pooler is not used here
         if missing:

@@ -7,8 +7,9 @@ and the LLM is gone before training starts; where the store is complete it is no
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from text_encoder import LanguageModel, TextConfig, TextEncoder, normalize
+from conditioning import Conditioning, FeatureNorm, LiveText, StoredText, unchanged
+from config import DrawJob, TextConfig, TextSource, TrainJob
+from text_encoder import LanguageModel, TextEncoder, normalize, usual_dtype
 from util import distributed as dist
 from util import feature_store as disk
 from util.errors import UserError
@@ -28,78 +31,25 @@ from util.logging import progress, say
 SAMPLE = 4096  # captions that --text_cache off measures lengths and statistics on
 
 
-@dataclass(frozen=True)
-class FeatureNorm:
-    """Features to mean 0 and variance 1 in each dimension.
+@dataclass(frozen=True, eq=False)
+class Texts(Sequence):
+    """What a run may ask features of, in this order: the captions at `training_lines` and at `other_lines`, the prompts, the empty string.
 
-    Mean-pooled LLM states share most of their length, so captions differ by little until it is taken out.
+    Statistics are taken of the training lines alone.
     """
 
-    mean: Tensor  # (1, width)
-    std: Tensor  # (1, width)
+    captions: Sequence[str]
+    training_lines: np.ndarray
+    other_lines: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    prompts: Sequence[str] = ()
 
-    @classmethod
-    def of(cls, blocks: Iterable[Tensor], width: int) -> "FeatureNorm":
-        """From all ranks' features, each rank's in blocks (n, width).  Dimensions that do not vary keep their scale.  Collective."""
-        sums = torch.zeros(3, width, dtype=torch.float64)  # of 1, of the feature, of its square
-        for block in blocks:
-            block = block.double()
-            sums += torch.stack([torch.full((width,), float(len(block)), dtype=torch.float64), block.sum(0), block.square().sum(0)])
-        count, total, squares = dist.sum_over_ranks(sums)[:, None]
-        mean = total / count
-        std = (squares / count - mean.square()).clamp_min(0).sqrt()
-        return cls(mean.float(), torch.where(std > 1e-6, std, 1.0).float())
+    @cached_property
+    def lines(self) -> np.ndarray:
+        return np.concatenate([self.training_lines, self.other_lines]).astype(np.int64)
 
-    def __call__(self, features: Tensor) -> Tensor:
-        return (features - self.mean.to(features.device)) / self.std.to(features.device)
-
-
-def same(features: Tensor) -> Tensor:
-    return features
-
-
-class StoredText:
-    """conditions(lines) -> (B, width) float32 on the CPU, read by row; the loader's processes do it."""
-
-    in_loader = True
-
-    def __init__(self, features: FeatureRows, rows: np.ndarray, null: Tensor, norm: Callable[[Tensor], Tensor]):
-        self.features, self.rows, self.null, self.norm = features, rows, null, norm
-
-    def __call__(self, lines: Tensor) -> Tensor:
-        rows = self.rows[lines.numpy()]
-        assert (rows >= 0).all(), "a caption that this run was not prepared for"
-        return self.norm(self.features(rows))
-
-
-class LiveText:
-    """conditions(lines) -> (B, width) float32 on the LLM's device, encoded on the spot."""
-
-    in_loader = False
-
-    def __init__(self, encoder: TextEncoder, captions: Sequence[str], null: Tensor, norm: Callable[[Tensor], Tensor]):
-        self.encoder, self.captions, self.null, self.norm = encoder, captions, null, norm
-
-    def __call__(self, lines: Tensor) -> Tensor:
-        return self.norm(self.encoder.encode([self.captions[line] for line in lines.tolist()]))
-
-
-@dataclass
-class Conditioning:
-    """What training and drawing are conditioned on, and how its features were made."""
-
-    conditions: Callable[[Tensor], Tensor]  # engine_jit.Conditions
-    prompts: Tensor  # what to draw: (prompts, width), or labels (prompts,)
-    description: dict[str, Any] | None = None  # goes into the checkpoint of a text model
-    width: int | None = None
-    frozen: int = 0  # parameters of the LLM
-
-
-class Texts(Sequence):
-    """What a run may ask features of: the captions at `lines`, then the prompts, then the empty string."""
-
-    def __init__(self, captions: Sequence[str], lines: np.ndarray, prompts: Sequence[str]):
-        self.captions, self.lines, self.extra = captions, lines, [*prompts, ""]
+    @cached_property
+    def extra(self) -> list[str]:
+        return [*self.prompts, ""]
 
     def __len__(self) -> int:
         return len(self.lines) + len(self.extra)
@@ -154,16 +104,16 @@ def describe_lengths(lengths: np.ndarray, limit: int) -> str:
     return f"tokens a caption: {', '.join(shares)}; longest {lengths.max()}; {cut:.2%} are cut at --max_text_len {limit}"
 
 
-def spread(count: int, wanted: int) -> np.ndarray:
+def evenly(count: int, wanted: int) -> np.ndarray:
     """`wanted` numbers of 0 .. count - 1, evenly spread; all of them where there are not more."""
     return np.arange(count) if count <= wanted else np.linspace(0, count - 1, wanted).astype(np.int64)
 
 
-def settle(config: TextConfig, saved: Mapping[str, Any], manifest: Mapping[str, Any], device: torch.device) -> TextConfig:
-    """The LLM's revision and type where the flags leave them open: those of the checkpoint, of the store, or the device's usual ones."""
-    dtype = saved.get("dtype") or manifest.get("dtype") or ("bf16" if device.type == "cuda" else "fp32")
-    pinned = [made["revision"] for made in (saved, manifest) if made.get("llm") == config.llm and made.get("revision") and not os.path.isdir(config.llm)]
-    return replace(config, dtype=dtype if config.dtype == "auto" else config.dtype, revision=pinned[0] if pinned else None)
+def pinned(config: TextConfig, saved: Mapping[str, Any], manifest: Mapping[str, Any], device: torch.device) -> TextConfig:
+    """With the LLM's revision and type, where the flags leave them open: those of the checkpoint, of the store, or the device's usual ones."""
+    dtype = saved.get("dtype") or manifest.get("dtype") or usual_dtype(device)
+    revisions = [made["revision"] for made in (saved, manifest) if made.get("llm") == config.llm and made.get("revision") and not os.path.isdir(config.llm)]
+    return replace(config, dtype=dtype if config.dtype == "auto" else config.dtype, revision=revisions[0] if revisions else None)
 
 
 def check_saved(saved: Mapping[str, Any], description: Mapping[str, Any]) -> None:
@@ -171,11 +121,11 @@ def check_saved(saved: Mapping[str, Any], description: Mapping[str, Any]) -> Non
 
     A model may have another name now, be a folder instead of a hub name, or be read by another version of transformers.
     """
-    for field, value in description.items():
-        found = saved.get(field)
-        comparable = field != "revision" or (found and found.startswith("sha256:") == value.startswith("sha256:"))
-        if field in saved and field not in ("llm", "transformers") and comparable and found != value:
-            raise UserError(f"the checkpoint's text features were made with {field} {found}, this run's with {value}; see --llm_model_name and its neighbours")
+    for name, value in description.items():
+        found = saved.get(name)
+        comparable = name != "revision" or (found and found.startswith("sha256:") == value.startswith("sha256:"))
+        if name in saved and name not in ("llm", "transformers") and comparable and found != value:
+            raise UserError(f"the checkpoint's text features were made with {name} {found}, this run's with {value}; see --llm_model_name and its neighbours")
 
 
 def norm_of(features: FeatureRows, rows: np.ndarray, saved: Mapping[str, Any]) -> FeatureNorm:
@@ -214,11 +164,11 @@ def in_child(function: Callable[[Any], Any], argument: Any) -> Any:
     return answer
 
 
-class Model:
+class PinnedModel:
     """The LLM of a run: its description at once, on all ranks alike, the model itself where features are missing.  Collective to make."""
 
     def __init__(self, config: TextConfig, saved: Mapping[str, Any], manifest: Mapping[str, Any], device: torch.device):
-        self.config, self.device = settle(config, saved, manifest, device), device
+        self.config, self.device = pinned(config, saved, manifest, device), device
         self.description = dist.from_main(in_child(describe, self.config) if dist.is_main() else None)
         check_saved(saved, self.description)
 
@@ -227,8 +177,9 @@ class Model:
         return LanguageModel(self.config).load(self.device)
 
 
-def fill_store(folder: Path, encoder: TextEncoder, description: Mapping[str, Any], texts: Texts, keys: np.ndarray, missing: np.ndarray) -> None:
+def fill_store(folder: Path, model: PinnedModel, texts: Texts, keys: np.ndarray, missing: np.ndarray) -> None:
     """Encode texts[missing] into new shards, all ranks together.  Collective.  Raises: UserError where the disk has no room."""
+    encoder = model.load()
     if dist.is_main():
         disk.remove_stale(folder)
         needed, free = len(missing) * (2 * encoder.width + 25), shutil.disk_usage(folder).free
@@ -236,16 +187,16 @@ def fill_store(folder: Path, encoder: TextEncoder, description: Mapping[str, Any
             sizes = f"the features of {len(missing)} captions take {needed / 1e6:.1f} MB at least, and {free / 1e6:.1f} MB are free"
             raise UserError(f"--text_cache_dir {folder}: {sizes}; make room, or name another folder")
         if disk.read_manifest(folder) is None:
-            disk.write_manifest(folder, {**description, "stored": "float16", "width": encoder.width, "parameters": encoder.parameters})
+            disk.write_manifest(folder, {**model.description, "stored": "float16", "width": encoder.width, "parameters": encoder.parameters})
     dist.barrier()
     manifest = disk.read_manifest(folder) or {}
-    disk.check_manifest(folder, manifest, description)  # another job may have been quicker
+    disk.check_manifest(folder, manifest, model.description)  # another job may have been quicker
     for part, arrays in encode_shares(encoder, texts, keys, missing, lambda part: (folder / disk.shard_name(part)).exists()):
         disk.write_shard(folder / disk.shard_name(part), manifest, arrays)
     dist.barrier()
 
 
-def from_disk(folder: Path, model: Model, manifest: Mapping[str, Any], texts: Texts, keys: np.ndarray) -> FeatureStore:
+def from_disk(folder: Path, model: PinnedModel, manifest: Mapping[str, Any], texts: Texts, keys: np.ndarray) -> FeatureStore:
     """A store that holds all `texts`; where it lacks some, and only there, the LLM is loaded and encodes them.  Collective."""
     if manifest:
         disk.check_manifest(folder, manifest, model.description)
@@ -256,12 +207,12 @@ def from_disk(folder: Path, model: Model, manifest: Mapping[str, Any], texts: Te
     if len(missing):
         if dist.is_main():
             writable_folder(folder, "--text_cache_dir")
-        fill_store(folder, model.load(), model.description, texts, keys, missing)
+        fill_store(folder, model, texts, keys, missing)
         store = FeatureStore(folder, dist.from_main(disk.shard_names(folder)))
     return store
 
 
-def report(features: FeatureRows, own: np.ndarray, rows: np.ndarray, limit: int) -> None:
+def say_lengths(features: FeatureRows, own: np.ndarray, rows: np.ndarray, limit: int) -> None:
     """What a user should know of the captions (rows `own`), and of all texts (`rows`)."""
     if len(own):
         say(f"captions: {len(own)} different ones; {describe_lengths(features.lengths(own), limit)}")
@@ -274,63 +225,60 @@ def stored_manifest(folder: Path) -> dict[str, Any]:
     return dist.from_main(disk.read_manifest(folder)) or {}
 
 
+def store_folder(source: TextSource, data_path: str, output_dir: str) -> Path:
+    """--text_cache_dir, else beside the data; in output_dir where nothing can be written there and no store is there yet."""
+    beside = Path(data_path) / "text_cache"
+    usable = beside.is_dir() or os.access(data_path, os.W_OK)
+    return Path(source.folder or (beside if usable else Path(output_dir) / "text_cache"))
+
+
+def source_of(job: TrainJob | DrawJob, any_captions: bool) -> TextSource:
+    """The job's, with its store's folder; prompts alone are encoded in memory."""
+    if job.text.cache == "disk" and any_captions:
+        return replace(job.text, folder=str(store_folder(job.text, job.data.path, job.run.output_dir)))
+    return job.text if any_captions else replace(job.text, cache="memory", folder=None)
+
+
 def build_store(config: TextConfig, folder: Path, captions: Sequence[str], prompts: Sequence[str], device: torch.device) -> None:
     """The store that `prepare` would build, ahead of time.  Collective."""
     manifest = stored_manifest(folder)
-    model = Model(config, {}, manifest, device)
-    texts = Texts(captions, np.arange(len(captions)), prompts)
+    model = PinnedModel(config, {}, manifest, device)
+    texts = Texts(captions, np.arange(len(captions)), prompts=prompts)
     keys = texts.keys()
     store = from_disk(folder, model, manifest, texts, keys)
     rows = store.find(keys)
-    report(store, np.unique(rows[: len(captions)]), np.unique(rows), config.max_text_len)
+    say_lengths(store, np.unique(rows[: len(captions)]), np.unique(rows), config.max_text_len)
     size = sum((folder / name).stat().st_size for name in store.names)
     say(f"text store {folder}: complete, {len(store)} texts in {size / 1e6:.1f} MB, {size / len(store):.0f} bytes each")
 
 
-def prepare(
-    config: TextConfig,
-    cache: str,
-    folder: Path,
-    captions: Sequence[str],
-    lines: np.ndarray,
-    prompts: Sequence[str],
-    text_norm: str,
-    saved: Mapping[str, Any],
-    device: torch.device,
-    others: Sequence[int] = (),
-) -> Conditioning:
-    """Conditions for the captions at `lines` and at `others`, and features of the prompts.  Collective.
+def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: torch.device) -> Conditioning:
+    """Conditions for the captions of `texts`, and features of its prompts.  Collective.
 
-    Args: cache: "disk" (in `folder`), "memory" or "off"; text_norm: "none" or "standardize"; saved: the description in a
-    checkpoint, or nothing; others: captions that the statistics are not taken of.  Raises: UserError where `saved` tells of other features.
+    Args: source: with `folder` where its cache is "disk"; saved: the description in a checkpoint, or nothing.
+    Raises: UserError where `saved` tells of other features.
     """
-    others = np.asarray(others, dtype=np.int64)
-    manifest = stored_manifest(folder) if cache == "disk" else {}
-    model = Model(config, saved, manifest, device)
-    if cache == "off":
-        lines, others = lines[spread(len(lines), SAMPLE)], others[:0]
-    texts = Texts(captions, np.concatenate([lines, others]), prompts)
+    folder = Path(source.folder or "")
+    manifest = stored_manifest(folder) if source.cache == "disk" else {}
+    model = PinnedModel(source.encoder, saved, manifest, device)
+    if source.cache == "off":
+        texts = replace(texts, training_lines=texts.training_lines[evenly(len(texts.training_lines), SAMPLE)], other_lines=texts.other_lines[:0])
     keys = texts.keys()
-    if cache == "disk":
-        encoder, features = None, from_disk(folder, model, manifest, texts, keys)
-        frozen = (disk.read_manifest(folder) or {}).get("parameters", 0)
-    else:
-        encoder = model.load()
-        features, frozen = in_memory(encoder, texts, keys), encoder.parameters
+    encoder = None if source.cache == "disk" else model.load()
+    features = in_memory(encoder, texts, keys) if encoder else from_disk(folder, model, manifest, texts, keys)
+    frozen = encoder.parameters if encoder else (disk.read_manifest(folder) or {}).get("parameters", 0)
     rows = features.find(keys)
-    own, other_rows, prompt_rows, null_row = np.split(rows, [len(lines), len(texts.lines), len(rows) - 1])
-    report(features, np.unique(own), np.unique(rows), config.max_text_len)
+    own, other_rows, prompt_rows, null_row = np.split(rows, [len(texts.training_lines), len(texts.lines), len(rows) - 1])
+    say_lengths(features, np.unique(own), np.unique(rows), source.encoder.max_text_len)
 
-    norm = same
-    description = {**model.description, "width": features.width, "text_norm": text_norm}
-    if text_norm == "standardize":
-        norm = norm_of(features, np.unique(own), saved)
-        description |= {"mean": norm.mean, "std": norm.std}
+    norm = norm_of(features, np.unique(own), saved) if source.norm == "standardize" else unchanged
+    statistics = {"mean": norm.mean, "std": norm.std} if source.norm == "standardize" else {}
+    description = {**model.description, "width": features.width, "text_norm": source.norm, **statistics}
     null = norm(features(null_row))
-    if cache == "off":
-        conditions = LiveText(encoder, captions, null, norm)
+    if source.cache == "off":
+        conditions = LiveText(encoder, texts.captions, null, norm)
     else:
-        row_of = np.full(len(captions), -1)
-        row_of[lines], row_of[others] = own, other_rows
+        row_of = np.full(len(texts.captions), -1)
+        row_of[texts.training_lines], row_of[texts.other_lines] = own, other_rows
         conditions = StoredText(features, row_of, null, norm)
     return Conditioning(conditions, norm(features(prompt_rows)), description, features.width, frozen)

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from config import LAYERS
 from datasets.demo import COLOURS, HELD_OUT, colour_ink, digit_captions, load_ink
 from demo.judge import DigitJudge, Pair, shares_right
-from text_encoder import LAYERS
 from util import checkpoint
 
 SIZE = 32
@@ -65,7 +65,8 @@ def trial(root: Path, layer: str, norm: str, seed: int, epochs: int, judge: Digi
 
 def null_rms(root: Path, layer: str, saved: dict) -> float:
     """Length of the empty caption's features, against that of a caption's on average."""
-    from text_encoder import LanguageModel, TextConfig
+    from config import TextConfig
+    from text_encoder import LanguageModel
 
     encoder = LanguageModel(TextConfig(str(root / "llm"), layer=layer)).load("cpu")
     captions = encoder.encode(PROMPTS[:160])

@@ -7,6 +7,7 @@ caption, the noise and the time of that sample, so neither the number of ranks n
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,22 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from datasets.transforms import center_crop, open_rgb, to_uint8
+from util import broken
 from util.randomness import stream, uniform
+
+
+class Sample(NamedTuple):
+    picture: Tensor  # (3, H, W) uint8
+    condition: int  # label, or number of a caption
+    number: int  # in the stream of the run
+    broken: list[str]  # pictures that were passed over
+
+
+class Batch(NamedTuple):
+    pictures: Tensor  # (B, 3, H, W) uint8
+    y: Tensor  # (B, ...), or labels and numbers of captions where the step looks them up
+    numbers: list[int]  # of the samples
+    broken: list[str]
 
 
 class PackedStrings(Sequence):
@@ -43,9 +59,9 @@ class PackedStrings(Sequence):
 
 
 class PictureDataset(Dataset):
-    """Picture files by number.  dataset[index, n] -> (uint8 (3, H, W), condition, n, broken files met on the way).
+    """Picture files by number.  dataset[index, n] -> Sample n, which shows picture `index`.
 
-    Where a file cannot be read the next one stands in, and its name travels back with the sample.
+    Where a picture is broken the next one stands in, and its name travels back with the sample.
     """
 
     def __init__(self, paths: Iterable[str], img_size: int, hflip: bool, seed: int = 0):
@@ -73,37 +89,37 @@ class PictureDataset(Dataset):
         return to_uint8(center_crop(open_rgb(self.paths[index]), self.img_size))
 
     def readable(self, index: int) -> tuple[Tensor, int, list[str]]:
-        """The first picture from `index` on that can be read, its number, and the files passed over.
+        """The first picture from `index` on that can be read, its number, and the broken ones passed over.
 
-        Gives up, with an empty picture, when over 1 % of the files in a row cannot be read: then the caller stops the run.
+        Gives up, with an empty picture, after one more than it takes to stop the run.
         """
-        broken = []
-        for offset in range(len(self) // 100 + 2):
+        passed = []
+        for offset in range(broken.most(len(self)) + 2):
             at = (index + offset) % len(self)
             try:
-                return self.picture(at), at, broken
+                return self.picture(at), at, passed
             except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, bombs
-                broken.append(f"{self.paths[at]}: {type(error).__name__}: {error}")
-        return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), index, broken
+                passed.append(f"{self.paths[at]}: {type(error).__name__}: {error}")
+        return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), index, passed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int, list[str]]:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, n = key
-        picture, index, broken = self.readable(index)
+        picture, index, passed = self.readable(index)
         if self.hflip and uniform(self.seed, "flip", [n]).item() < 0.5:
             picture = picture.flip(-1)
-        return picture, self.condition(index, n), n, broken
+        return Sample(picture, self.condition(index, n), n, passed)
 
 
 class Collate:
-    """Samples to a batch: (B, 3, H, W) uint8; what `look_up` makes of their labels or caption numbers; sample numbers; broken files."""
+    """Samples to a batch; `look_up` makes y of their labels or caption numbers."""
 
     def __init__(self, look_up: Callable[[Tensor], Tensor] | None = None):
         self.look_up = look_up
 
-    def __call__(self, samples: list[tuple[Tensor, int, int, list[str]]]) -> tuple[Tensor, Tensor, list[int], list[str]]:
-        pictures, conditions, numbers, broken = zip(*samples)
+    def __call__(self, samples: list[Sample]) -> Batch:
+        pictures, conditions, numbers, passed = zip(*samples)
         raw = torch.tensor(conditions)
-        return torch.stack(pictures), self.look_up(raw) if self.look_up else raw, list(numbers), [line for lines in broken for line in lines]
+        return Batch(torch.stack(pictures), self.look_up(raw) if self.look_up else raw, list(numbers), [line for lines in passed for line in lines])
 
 
 class StreamSampler(Sampler):
@@ -117,6 +133,10 @@ class StreamSampler(Sampler):
         self.pictures, self.batch_size, self.batches, self.rank, self.world, self.seed = pictures, batch_size, batches, rank, world, seed
         self.epoch = self.first = 0
         self._order = (-1, pictures)  # the shuffle in use and its number
+
+    def begin(self, epoch: int, first: int) -> None:
+        """The next iteration is over that epoch, from batch `first` of it on."""
+        self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
         return (self.batches - self.first) * self.batch_size
@@ -141,10 +161,3 @@ class StreamSampler(Sampler):
         """All ranks' pictures of `count` global batches, from the run's number `batch` on."""
         size = self.batch_size * self.world
         return [self.index(n) for n in range(batch * size, (batch + count) * size)]
-
-
-def hold_out(size: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Picture indices to train on and to hold out: `wanted`, but a hundredth of all at most."""
-    order = torch.randperm(size, generator=stream(seed, "held out", 0))
-    count = min(wanted, size // 100)
-    return order[count:].sort().values, order[:count]

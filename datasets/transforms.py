@@ -1,4 +1,4 @@
-"""Picture file to a square uint8 tensor: the only path for training and for the reference statistics of FID."""
+"""Picture file to a square uint8 tensor, the only path for training and for the reference statistics of FID; uint8 to the model's range, and back."""
 
 import numpy as np
 import torch
@@ -34,3 +34,18 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def to_uint8(image: Image.Image) -> Tensor:
     """RGB picture to (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_model_range(pictures: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def to_levels(pictures: Tensor) -> Tensor:
+    """[-1, 1] to uint8 on the CPU, as a PNG holds it."""
+    return ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(3, H, W) uint8 to an RGB picture."""
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())

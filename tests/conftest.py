@@ -91,9 +91,10 @@ def llm_folder(tmp_path_factory):
 
 def load_encoder(folder, **config):
     """The encoder of a model folder, on the CPU."""
-    from text_encoder import LanguageModel, TextConfig
+    from config import TextConfig
+    from text_encoder import LanguageModel
 
-    return LanguageModel(TextConfig(str(folder), **{"max_text_len": 40, **config})).load(torch.device("cpu"))
+    return LanguageModel(TextConfig(str(folder), **{"max_text_len": 40, "layer": "last", **config})).load(torch.device("cpu"))
 
 
 def write_text_data(root: Path, count: int = 8, size: int = 16) -> Path:

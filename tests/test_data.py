@@ -7,7 +7,8 @@ from conftest import CAPTIONS
 from PIL import Image
 
 from datasets.imagenet import ClassFolder
-from datasets.stream import Collate, PackedStrings, StreamSampler, hold_out
+from datasets.source import hold_out
+from datasets.stream import Collate, PackedStrings, StreamSampler
 from datasets.text_image import TextImageFolder
 from datasets.transforms import center_crop, open_rgb, to_uint8
 from util.errors import UserError

@@ -15,13 +15,19 @@ from PIL import Image
 from test_training import flags, run, scalars
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-import evaluation
-import main_jit
+import flags as command_line
 import prepare_ref
-from denoiser import DiffusionConfig, SamplerConfig
-from engine_jit import Painter
-from evaluation import Alignment, Frechet, Record, Subjects, evaluate
+from config import Data, DiffusionConfig, Eval, SamplerConfig
+from datasets.stream import PackedStrings
+from datasets.text_image import TextImageFolder
+from evaluation.evaluator import Evaluator, call_out_initial, digest_of, evaluate
+from evaluation.measures import Alignment, Frechet, Subjects
+from evaluation.plan import Networks, Request, plan
+from evaluation.records import Record, describe, short
+from evaluation.references import is_kept, make_reference
 from models_jit import build_model
+from sampling import Painter
+from util import distributed as dist
 from util import extractors, metrics, reference
 from util.ema import Ema
 from util.errors import UserError
@@ -114,7 +120,7 @@ def test_a_whole_evaluation_equals_torch_fidelity_on_the_pictures_it_keeps(text_
     (path,) = (out / "eval").glob("*.json")
     record = json.loads(path.read_text(encoding="utf-8"))
     for i in range(8):
-        picture = main_jit.TextImageFolder(text_data, 16).picture(i)
+        picture = TextImageFolder(text_data, 16).picture(i)
         (tmp_path / "real").mkdir(exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "real" / f"{i}.png")
     folders = {"input1": str(path.with_suffix("")), "input2": str(tmp_path / "real")}
@@ -173,7 +179,7 @@ def test_start_noise_follows_from_seed_and_number_alone(monkeypatch):
         noises[len(noise)] = noise
         return noise
 
-    monkeypatch.setattr("engine_jit.sample", remember)
+    monkeypatch.setattr("sampling.sample", remember)
     for size in (1, 7, 64):
         list(make_painter(size).draw(lambda numbers: torch.zeros(len(numbers), dtype=torch.long), size, ""))
     assert torch.equal(noises[1], noises[64][:1]) and torch.equal(noises[7], noises[64][:7])
@@ -272,13 +278,13 @@ def test_the_datas_own_statistics_are_kept_and_made_anew_when_the_data_changes(t
     path = tmp_path / "stats.npz"
 
     def get(extractor=tiny_extractor, size=16, root=str(text_data)):
-        dataset = main_jit.TextImageFolder(root, size, missing="skip")
-        if not evaluation.is_kept(path, dataset, root, extractor):
-            evaluation.make_reference(dataset, root, extractor, path, num_workers=0)
+        dataset = TextImageFolder(root, size, missing="skip")
+        if not is_kept(path, dataset, root, extractor):
+            make_reference(dataset, root, extractor, path, num_workers=0)
         return reference.read(path)
 
     first = get()
-    pictures = torch.stack([main_jit.TextImageFolder(text_data, 16).picture(i) for i in range(8)])
+    pictures = torch.stack([TextImageFolder(text_data, 16).picture(i) for i in range(8)])
     np.testing.assert_allclose(first.values["sigma"], np.cov(tiny_features(pictures)[0].double().numpy(), rowvar=False), rtol=1e-4, atol=1e-6)
     monkeypatch.chdir(tmp_path)
     for root in (str(text_data), f"{text_data}/", "data", "./data", "data/"):  # however it is spelled
@@ -300,16 +306,16 @@ def test_unreadable_pictures_are_left_out_of_the_statistics_but_not_many(tmp_pat
     data = write_text_data(tmp_path / "data", 100)
     (data / "images" / "7.png").write_bytes(b"broken")
     path = tmp_path / "s.npz"
-    evaluation.make_reference(main_jit.TextImageFolder(data, 16), str(data), tiny_extractor, path, 0)
+    make_reference(TextImageFolder(data, 16), str(data), tiny_extractor, path, 0)
     made = reference.read(path)
-    assert made.facts["n"] == 99 and made.facts["files"] == 100 and "1 unreadable pictures are left out" in capsys.readouterr().out
+    assert made.facts["n"] == 99 and made.facts["files"] == 100 and "1 broken pictures are left out" in capsys.readouterr().out
     (data / "images" / "8.png").write_bytes(b"broken")
     path.unlink()
     with pytest.raises(UserError, match="2 of 100 pictures below .* cannot be read, over 1 %"):
-        evaluation.make_reference(main_jit.TextImageFolder(data, 16), str(data), tiny_extractor, path, 0)
+        make_reference(TextImageFolder(data, 16), str(data), tiny_extractor, path, 0)
     assert not path.exists()
     with pytest.raises(UserError, match="cannot be written"):
-        evaluation.make_reference(main_jit.TextImageFolder(data, 16), str(data), tiny_extractor, data / "images" / "1.png" / "s.npz", 0)
+        make_reference(TextImageFolder(data, 16), str(data), tiny_extractor, data / "images" / "1.png" / "s.npz", 0)
 
 
 def test_two_jobs_write_one_file_of_statistics_without_harm(tmp_path, monkeypatch):
@@ -328,20 +334,20 @@ def test_two_jobs_write_one_file_of_statistics_without_harm(tmp_path, monkeypatc
 
 
 def test_where_the_datas_own_statistics_are_kept(text_data, tiny_extractor, tmp_path, monkeypatch):
-    dataset, out = main_jit.TextImageFolder(text_data, 16), tmp_path / "out"
-    args = main_jit.get_parser().parse_args(["--data_path", str(text_data), "--img_size", "16"])
+    dataset, out = TextImageFolder(text_data, 16), tmp_path / "out"
+    request = Request(Eval(), Networks(inception=tiny_extractor), None, PackedStrings(()))
 
     def found():
-        kept = main_jit.find_references(args, main_jit.Networks(inception=tiny_extractor), dataset, out)["fid"]
+        kept = plan(request, Data(path=str(text_data)), dataset, out).kept["fid"]
         return kept.path, kept.there
 
     assert found() == (text_data / "fid_stats_16.npz", False)
-    evaluation.make_reference(dataset, str(text_data), tiny_extractor, text_data / "fid_stats_16.npz", 0)
+    make_reference(dataset, str(text_data), tiny_extractor, text_data / "fid_stats_16.npz", 0)
     monkeypatch.setattr("os.access", lambda *_: False)  # read-only data
     assert found() == (text_data / "fid_stats_16.npz", True)
     (text_data / "fid_stats_16.npz").unlink()
     assert found() == (out / "fid_stats_16.npz", False)
-    evaluation.make_reference(dataset, str(text_data), tiny_extractor, out / "fid_stats_16.npz", 0)
+    make_reference(dataset, str(text_data), tiny_extractor, out / "fid_stats_16.npz", 0)
     assert found() == (out / "fid_stats_16.npz", True)
 
 
@@ -353,7 +359,7 @@ def test_prepare_ref_makes_the_statistics_of_either_kind_of_data(text_data, clas
         assert reference.read(tmp_path / "fid_stats" / "x.npz").facts["n"] == count
     for argv, message in [(["--out", "x.pt"], "wanted a file name that ends in .npz"), (["--out", "x.npz", "--img_size", "0"], "--img_size 0")]:
         with pytest.raises(UserError, match=message):
-            prepare_ref.build(prepare_ref.get_parser().parse_args(["--data_path", str(text_data), *common, *argv]))
+            command_line.parse_reference(["--data_path", str(text_data), *common, *argv])
 
 
 # --- networks
@@ -424,7 +430,7 @@ def test_precision_recall_and_fd_dinov2_from_local_weights(text_data, llm_folder
     (path,) = (out / "eval").glob("*.json")
     figures = json.loads(path.read_text())["figures"]
     drawn = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in sorted(path.with_suffix("").glob("*.png"))]).permute(0, 3, 1, 2)
-    real = torch.stack([main_jit.TextImageFolder(text_data, 16).picture(i) for i in range(8)])
+    real = torch.stack([TextImageFolder(text_data, 16).picture(i) for i in range(8)])
 
     wanted = torch_fidelity.calculate_metrics(
         input1=Rows(drawn), input2=Rows(real[[0, 1, 3, 4, 6]]), cuda=False, prc=True, feature_extractor_weights_path=str(tmp_path / "vgg.pth"), cache=False, verbose=False,
@@ -606,7 +612,7 @@ def test_two_ranks_sweep_and_evaluate_as_one_process_does(text_data, llm_folder,
 
     def work(out):
         argv = flags(text_data, llm_folder(), out, "--resume", out, "--precision_recall", "--clip_model", clip_folder(), "--num_images", 14)
-        run(*argv, "--epochs", "1", "--batch_size", str(4 // main_jit.dist.world_size()), "--online_eval")
+        run(*argv, "--epochs", "1", "--batch_size", str(4 // dist.world_size()), "--online_eval")
         run(*argv, "--sweep", "--cfg", "1,3", "--sweep_images", "9", "--save_images")
 
     llm_folder(), clip_folder()  # before the processes part
@@ -636,16 +642,16 @@ def test_a_record_says_what_it_depends_on_and_nothing_else_changes_its_name():
     assert list(record.scalars()) == [f"{name}-10k/256px_ema1_cfg2.9_0.1-1_heun50" for name in ("FID", "IS", "CLIP score", "R-precision")]
     assert record.name.startswith("step60000_256px_ema1_cfg2.9_0.1-1_heun50_10k_")
     assert Record({}, setting, {"processes": 8}).name == record.name and Record({}, setting | {"seed": 1}).name != record.name
-    assert evaluation.short(50000) == "50k" and evaluation.short(8192) == "8192"
+    assert short(50000) == "50k" and short(8192) == "8192"
 
 
 def test_other_weights_under_the_same_step_are_another_record(tiny_extractor):
     net = build_model("JiT-Nano/8", input_size=16, num_classes=4)
-    first = evaluation.digest_of(net)
-    assert evaluation.digest_of(net) == first
+    first = digest_of(net)
+    assert digest_of(net) == first
     with torch.no_grad():
         net.final_layer.linear.bias[0] += 1e-6
-    assert evaluation.digest_of(net) != first
+    assert digest_of(net) != first
 
 
 def test_averages_that_are_still_initial_are_called_out(capsys):
@@ -661,16 +667,16 @@ def test_averages_that_are_still_initial_are_called_out(capsys):
                 ema.update(net, n)
             assert ema.average["weight"].item() == pytest.approx(1 - ema.initial_share(10), abs=1e-4)
     state = SimpleNamespace(emas=[slow, fast], step=6000)
-    evaluation.call_out_initial(state, "1")
+    call_out_initial(state, "1")
     assert capsys.readouterr().out == "warning: EMA 1 is 55% initial weights at step 6,000; use --eval_ema raw\n"
     state.step = 0  # a published file, which does not say
-    evaluation.call_out_initial(state, "1")
-    assert capsys.readouterr().out == "" and "step" not in evaluation.describe("1", 0, SamplerConfig(), 0)
+    call_out_initial(state, "1")
+    assert capsys.readouterr().out == "" and "step" not in describe("1", 0, SamplerConfig(), 0)
     state.step = 12000
-    evaluation.call_out_initial(state, "1")
+    call_out_initial(state, "1")
     assert "30% initial weights at step 12,000; use --eval_ema raw or 2" in capsys.readouterr().out
     for which in ("2", "raw"):
-        evaluation.call_out_initial(state, which)
+        call_out_initial(state, which)
     assert capsys.readouterr().out == ""
 
 
@@ -683,7 +689,7 @@ def test_evaluation_leaves_weights_optimizer_and_random_states_bit_identical(tex
         tensors = [value.clone() for part in parts for value in part.values()] + [torch.get_rng_state()]
         return tensors, random.getstate(), repr(np.random.get_state())
 
-    evaluator = evaluation.Evaluator.__call__
+    evaluator = Evaluator.__call__
 
     def watched(self, *args):
         snapshots.append(snapshot(self.state))
@@ -691,7 +697,7 @@ def test_evaluation_leaves_weights_optimizer_and_random_states_bit_identical(tex
         snapshots.append(snapshot(self.state))
         return record
 
-    monkeypatch.setattr(evaluation.Evaluator, "__call__", watched)
+    monkeypatch.setattr(Evaluator, "__call__", watched)
     extra = ["--online_eval", "--eval_freq", 1, "--clip_model", clip_folder(), "--precision_recall", "--num_images", 16]
     run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 2, *extra))
     assert len(snapshots) == 4

@@ -16,7 +16,10 @@ from conftest import CAPTIONS, child, ended, in_ranks, write_text_data
 
 import cache_text
 import text_features
-from text_encoder import LanguageModel, TextConfig, TextEncoder
+from conditioning import FeatureNorm
+from config import TextConfig, TextSource
+from flags import parse_cache
+from text_encoder import LanguageModel, TextEncoder
 from util import feature_store as disk
 from util.errors import UserError
 
@@ -31,8 +34,8 @@ def small_shards(monkeypatch):
 
 def prepare(folder, llm, captions=MANY, prompts=("富士山",), cache="disk", norm="none", saved=None, lines=None, **config):
     lines = np.arange(len(captions)) if lines is None else lines
-    config = TextConfig(str(llm), **{"max_text_len": 40, "dtype": "auto", **config})
-    return text_features.prepare(config, cache, folder, captions, lines, list(prompts), norm, saved or {}, CPU)
+    source = TextSource(TextConfig(str(llm), **{"max_text_len": 40, "layer": "last", **config}), cache, str(folder) if cache == "disk" else None, norm)
+    return text_features.prepare(source, text_features.Texts(captions, lines, prompts=list(prompts)), saved or {}, CPU)
 
 
 def contents(folder):
@@ -49,7 +52,7 @@ def test_disk_memory_and_the_live_encoder_give_the_same_features(llm_folder, tmp
     for name in ("null", "prompts"):
         a, b, c = (getattr(found[cache].conditions if name == "null" else found[cache], name) for cache in ("disk", "memory", "off"))
         assert torch.equal(a, b) and torch.allclose(a, c, rtol=1e-3, atol=1e-3), name
-    encoder = LanguageModel(TextConfig(str(llm_folder()), 40)).load(CPU)
+    encoder = LanguageModel(TextConfig(str(llm_folder()), 40, "last")).load(CPU)
     torch.testing.assert_close(found["disk"].conditions.null, encoder.null, rtol=1e-3, atol=1e-3)
     assert found["disk"].description == found["memory"].description == found["off"].description
     assert found["disk"].frozen == found["off"].frozen == encoder.parameters and found["disk"].width == 32
@@ -71,7 +74,7 @@ def test_each_distinct_caption_is_encoded_once_and_added_ones_alone(llm_folder, 
     before, seen[:] = contents(tmp_path), []
     y = prepare(tmp_path, llm_folder(), [*CAPTIONS, "新しい"], prompts=["富士山", "新しい指示"]).conditions(torch.tensor([6]))
     assert sorted(seen) == sorted(["新しい", "新しい指示"]) and before.items() <= contents(tmp_path).items()
-    torch.testing.assert_close(y, LanguageModel(TextConfig(str(llm_folder()), 40)).load(CPU).encode(["新しい"]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(y, LanguageModel(TextConfig(str(llm_folder()), 40, "last")).load(CPU).encode(["新しい"]), rtol=1e-3, atol=1e-3)
 
 
 def test_with_a_complete_store_the_llm_is_not_loaded(llm_folder, tmp_path, monkeypatch, capsys):
@@ -263,11 +266,11 @@ def test_rows_are_found_by_key_and_travel_to_other_processes_by_name(llm_folder,
 
 
 def test_token_features_are_stored_without_padding(llm_folder, tmp_path):
-    text_features.build_store(TextConfig(str(llm_folder()), 40, pooling="tokens", dtype="fp32"), tmp_path, MANY, [], CPU)
+    text_features.build_store(TextConfig(str(llm_folder()), 40, "last", pooling="tokens", dtype="fp32"), tmp_path, MANY, [], CPU)
     store = disk.FeatureStore(tmp_path, disk.shard_names(tmp_path))
     rows = store.find(disk.keys_of(text_features.normalize(caption) for caption in MANY))
     states, mask = store.tokens(rows)
-    encoder = LanguageModel(TextConfig(str(llm_folder()), 40)).load(CPU)
+    encoder = LanguageModel(TextConfig(str(llm_folder()), 40, "last")).load(CPU)
     assert mask.sum(1).tolist() == store.lengths(rows).tolist() and sum(len(shard["features"]) for shard in store.shards) == store._column("lengths").sum()
     torch.testing.assert_close((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), encoder.encode(MANY), rtol=2e-3, atol=2e-3)
     with pytest.raises(UserError, match="made with pooling 'tokens', this run's would be with 'mean'"):
@@ -284,11 +287,11 @@ def test_standardized_features_have_mean_0_and_variance_1_over_the_training_capt
     saved = conditioning.description
     resumed = prepare(tmp_path, llm_folder(), [*MANY, "増えた"], norm="standardize", saved=saved)  # the checkpoint's statistics, not new ones
     assert torch.equal(resumed.conditions(torch.arange(36)), features) and torch.equal(resumed.description["mean"], mean)
-    single = text_features.FeatureNorm.of([torch.ones(1, 32)], 32)
+    single = FeatureNorm.of([torch.ones(1, 32)], 32)
     assert torch.equal(single(torch.ones(1, 32)), torch.zeros(1, 32))  # no variance to divide by
     torch.manual_seed(0)
     rows = torch.randn(100, 3) * 2 + 1000
-    norm = text_features.FeatureNorm.of(rows.split(7), 3)
+    norm = FeatureNorm.of(rows.split(7), 3)
     torch.testing.assert_close(norm.std, rows.double().std(0, correction=0, keepdim=True).float(), rtol=1e-5, atol=0)
 
 
@@ -310,7 +313,7 @@ def test_two_ranks_build_the_store_that_one_process_builds(llm_folder, tmp_path,
     flags = ["--data_path", str(data), "--llm_model_name", str(llm_folder()), "--device", "cpu"]
 
     def build(store):
-        cache_text.build(cache_text.get_parser().parse_args([*flags, "--text_cache_dir", str(store)]))
+        cache_text.build(parse_cache([*flags, "--text_cache_dir", str(store)]))
 
     in_ranks(2, lambda: build(tmp_path / "two"))
     assert "complete, 3017 texts" in capfd.readouterr().out

@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import main_jit
 from datasets.stream import PackedStrings
 from datasets.text_image import TextImageFolder, read_captions
+from flags import get_parser, job_of
 from util import checkpoint, reference
 from util.errors import UserError
+from util.files import read_lines
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 fuzz = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -38,7 +39,7 @@ def in_one_line(action):
 
 # --- flags
 
-OPTIONS = sorted(option for option in main_jit.get_parser()._option_string_actions if option.startswith("--") and option != "--help")
+OPTIONS = sorted(get_parser().options)
 VALUES = st.one_of(
     st.sampled_from(["", "0", "1", "-1", "0.5", "nan", "inf", "-inf", "1e400", "1e-300", "heun", "JiT-B/16-Text", "JiT-Nano/8", "1:2:0.1", "1:2:-1", "0-1,0.1-1", "raw"]),
     st.integers(-(10**20), 10**20).map(str),
@@ -53,13 +54,13 @@ def test_flags(pairs):
     argv = [part for option, value in pairs for part in ([option] if value is None else [option, value])]
     stderr, sys.stderr = sys.stderr, io.StringIO()
     try:
-        args = main_jit.get_parser().parse_args(argv)
+        given = get_parser().read(argv)
     except SystemExit as stop:
         assert stop.code == 2 and sys.stderr.getvalue().startswith("error: ")
         return
     finally:
         sys.stderr = stderr
-    in_one_line(lambda: main_jit.check_args(args))
+    in_one_line(lambda: job_of(given))
 
 
 # --- captions
@@ -75,7 +76,7 @@ def test_caption_files(tmp_path_factory, content):
         content.decode("utf-8-sig")  # what is read is UTF-8
         assert all(caption.strip() == caption and caption for caption in captions)
         assert tuple(PackedStrings(captions)) == captions
-    in_one_line(lambda: main_jit.read_lines(path, "--prompts_file"))
+    in_one_line(lambda: read_lines(path, "--prompts_file"))
 
 
 # --- bytes of files that should be something else

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import wake
 
-from models_jit import Block, JiT_models, build_model, parse_model_name, sincos_table
+from config import parse_model_name
+from models_jit import Block, JiT_models, build_model, sincos_table
 
 COUNTS = {  # millions of trained parameters, 1000 classes or an LLM 3072 wide
     "JiT-B/16": 131.12, "JiT-B/32": 133.19, "JiT-L/16": 458.88, "JiT-L/32": 461.53, "JiT-H/16": 952.51, "JiT-H/32": 956.06,

@@ -17,11 +17,14 @@ from PIL import Image, PngImagePlugin
 from test_training import assert_same_training, flags, moved, run, weights
 
 import engine_jit
-import main_jit
+import sampling
+from datasets.stream import StreamSampler
 from datasets.text_image import TextImageFolder, read_captions
 from util import checkpoint
+from util import distributed as dist
 from util.errors import UserError
 from util.files import Lock
+from util.report import Report
 from util.stopping import Stop
 
 
@@ -40,13 +43,13 @@ def language_model_is_there(llm_folder):
 def losses(monkeypatch):
     """What each step's loss was, by the run's number of the step."""
     found = {}
-    add = engine_jit.Report.add
+    add = Report.add
 
     def remember(self, loss):
         found.setdefault(self.bar.n + 1, []).append(loss.item())
         add(self, loss)
 
-    monkeypatch.setattr(engine_jit.Report, "add", remember)
+    monkeypatch.setattr(Report, "add", remember)
     return found
 
 
@@ -218,7 +221,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(text_data, llm_fold
     take = engine_jit.take_step
 
     def signalled(state, *rest):
-        if state.step == 5 and main_jit.dist.rank() == 1:
+        if state.step == 5 and dist.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return take(state, *rest)
 
@@ -229,7 +232,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(text_data, llm_fold
 
 def test_a_signal_while_evaluating_leaves_at_once_with_all_saved(text_data, llm_folder, tmp_path, capfd):
     def work():
-        engine_jit.prompt_grid = lambda *_: (tmp_path / "evaluating").touch() or time.sleep(60)
+        sampling.draw_sheet = lambda *_: (tmp_path / "evaluating").touch() or time.sleep(60)
         run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--epochs", 9, "--online_eval", "--eval_freq", 2))
 
     pid = child(work)
@@ -243,7 +246,7 @@ def test_a_signal_while_evaluating_leaves_at_once_with_all_saved(text_data, llm_
 
     def again(*epochs):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine_jit, "prompt_grid", lambda *_: made.append(1) or np.zeros((8, 8, 3), np.uint8))
+            patch.setattr(sampling, "draw_sheet", lambda *_: made.append(1) or np.zeros((8, 8, 3), np.uint8))
             run(
                 *flags(
                     text_data,
@@ -318,7 +321,7 @@ def test_a_full_disk_is_loud_once_and_ends_the_run_the_second_time(text_data, ll
     monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(UserError, match="two checkpoints in a row could not be written .*No space left.*last good one is untouched"):
         run(*argv, "--epochs", "3")
-    assert capsys.readouterr().out.count("WARNING: no checkpoint could be written") == 2  # the second and the fourth; the third was written
+    assert capsys.readouterr().out.count("warning: no checkpoint could be written") == 2  # the second and the fourth; the third was written
     assert weights(tmp_path / "out")["step"] == 4 + 3 and (tmp_path / "out" / checkpoint.LAST).read_bytes() != good
 
 
@@ -490,9 +493,9 @@ def poisoned(monkeypatch, bad, rank=0, kind=float("nan")):
     loss = engine_jit.batch_loss
 
     def spoiled(net, batch, *rest):
-        n = batch[2][0]
+        n = batch.numbers[0]
         value = loss(net, batch, *rest)
-        return value * kind if n // 2 in bad and main_jit.dist.rank() == rank else value
+        return value * kind if n // 2 in bad and dist.rank() == rank else value
 
     monkeypatch.setattr(engine_jit, "batch_loss", spoiled)
 
@@ -532,7 +535,7 @@ def test_both_ranks_skip_a_step_that_is_not_finite_on_one(text_data, llm_folder,
         run(*argv)
         assert torch.equal(after[0], after[1]) and not torch.equal(after[1], after[2])
         ours = [weight.double().sum() for weight in after]
-        assert main_jit.dist.sum_over_ranks(torch.stack(ours)).tolist() == [2 * value.item() for value in ours]
+        assert dist.sum_over_ranks(torch.stack(ours)).tolist() == [2 * value.item() for value in ours]
 
     in_ranks(2, work)
 
@@ -543,7 +546,7 @@ def test_ten_such_steps_in_a_row_end_the_run_with_what_reproduces_them(text_data
     with monkeypatch.context() as patch, pytest.raises(UserError, match=message) as error:
         poisoned(patch, set(range(2, 12)))
         run(*argv)
-    sampler = main_jit.StreamSampler(torch.arange(8), 2, 4, 0, 1, seed=5)
+    sampler = StreamSampler(torch.arange(8), 2, 4, 0, 1, seed=5)
     names = [f"{index}.png" for index in sampler.pictures_of(11, 1)]
     assert [os.path.basename(name) for name in str(error.value).split("step 12: ")[1].split(", ")] == names
     poisoned(monkeypatch, set(range(9)))

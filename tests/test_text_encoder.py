@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import CAPTIONS, byte_tokenizer, load_encoder
 
-from text_encoder import LAYERS, LanguageModel, TextConfig, TextEncoder, normalize
+from config import LAYERS, TextConfig
+from text_encoder import LanguageModel, TextEncoder, normalize
 from util.errors import UserError
 
 KINDS = ("llama", "gpt2", "bert", "clip")

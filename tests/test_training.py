@@ -5,9 +5,11 @@ import torch
 from conftest import in_ranks, load_encoder, write_text_data
 from PIL import Image
 
-import engine_jit
 import main_jit
-from denoiser import DiffusionConfig, sample_time
+from config import DiffusionConfig
+from denoiser import sample_time
+from evaluation import text_gap
+from flags import parse
 from text_encoder import LanguageModel
 from util import checkpoint
 from util.errors import UserError
@@ -22,7 +24,7 @@ def flags(data, llm, out, *more):
 
 def run(*argv):
     """main_jit in this process; a UserError comes through."""
-    main_jit.start(main_jit.get_parser().parse_args(list(argv)))
+    main_jit.run(parse(list(argv)))
 
 
 def weights(out, name="checkpoint-last.pth"):
@@ -228,7 +230,8 @@ flat_conditions.null = torch.zeros(1)
 
 def test_the_text_gap_in_closed_form():
     diffusion = DiffusionConfig(noise_scale=2.0)
-    gap = engine_jit.TextGap(FlatPictures(), range(4), 64, flat_conditions, diffusion, seed=0, batch_size=5, device=torch.device("cpu"))
+    chosen = text_gap.choose(FlatPictures(), range(4), 64)
+    gap = text_gap.TextGap(chosen, flat_conditions, diffusion, seed=0, batch_size=5, device=torch.device("cpu"))
 
     class Draws(torch.nn.Module):  # exactly the picture that y tells of
         def forward(self, z_t, t, y):
@@ -238,14 +241,14 @@ def test_the_text_gap_in_closed_form():
         def forward(self, z_t, t, y):
             return z_t * 0.5
 
-    found = {name: value.item() for name, value in gap.measure(Draws(), bf16=False).items()}
+    found = {name: value.item() for name, value in gap(Draws(), bf16=False).items()}
     grey = flat_conditions(torch.arange(64) % 4)
     t = sample_time(torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(64) + 0.5) / 64), diffusion)
     weight = 1 / (1 - t).clamp_min(0.05) ** 2
     assert found["text_gap/loss"] == pytest.approx(0, abs=1e-6)
     assert found["text_gap/shuffled"] == pytest.approx((weight * (grey - grey.roll(1)).square()).mean().item(), rel=1e-4)
     assert found["text_gap/null"] == pytest.approx((weight * grey.square()).mean().item(), rel=1e-4)
-    deaf = {name: value.item() for name, value in gap.measure(Deaf(), bf16=False).items()}
+    deaf = {name: value.item() for name, value in gap(Deaf(), bf16=False).items()}
     assert deaf["text_gap/loss"] > 0.1 and deaf["text_gap/shuffled"] == deaf["text_gap/null"] == 0
 
 

@@ -1,8 +1,8 @@
 """Checkpoints: one dictionary of plain data a file, written whole or not at all, read without unpickling code.
 
 Keys: `model`, `model_ema1`, `model_ema2` (full state dicts under the prefix `net.`), `optimizer`, `epoch` (the last one finished),
-`step`, `epoch_step` (steps done of the epoch after), `skips`, `evaluation_due` (at this step), `world`, `args`, and for text models `text`.
-The published JiT files (an argparse Namespace as `args`, an optimizer state by position) open the same way.
+`step`, `epoch_step` (steps done of the epoch after), `skips`, `evaluation_due` (at this step), `world`, `job` (the run's configs), and for text models
+`text`. The published JiT files (an argparse Namespace as `args`, an optimizer state by position) open the same way.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Writer:
         self.thread = None
         self.failed = self.failed + 1 if self.error else 0
         if self.failed == 1:
-            say(f"WARNING: no checkpoint could be written ({self.error}); training goes on, the last good one stays. Make room before the next")
+            say(f"warning: no checkpoint could be written ({self.error}); training goes on, the last good one stays. Make room before the next")
         elif self.failed > 1:
             raise UserError(
                 f"two checkpoints in a row could not be written ({self.error}); the last good one is untouched. Make room, or name another --output_dir"

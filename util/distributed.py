@@ -4,14 +4,11 @@ Functions marked "Collective" must be called by every rank, so never under `if i
 """
 
 import os
-from contextlib import nullcontext
 from datetime import timedelta
-from inspect import signature
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from util.errors import UserError
 
@@ -40,6 +37,11 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def in_group() -> bool:
+    """Whether torchrun has started this process."""
+    return dist.is_initialized()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -56,37 +58,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def wrap(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network as DDP trains it, or as it is in a world of one.  Collective: starts from rank 0's weights."""
-    if not dist.is_initialized():
-        return net
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
-    return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **{buffers: False})
-
-
-def no_sync(net: nn.Module, when: bool):
-    """Gradients stay on their rank inside: for all but the last part of an accumulated batch."""
-    return net.no_sync() if when and isinstance(net, DistributedDataParallel) else nullcontext()
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """Collective."""
-    return sum_over_ranks(value) / world_size()
-
-
 def sum_over_ranks(value: Tensor) -> Tensor:
     """Collective."""
     if dist.is_initialized():
         value = value.clone()
         dist.all_reduce(value)
-    return value
-
-
-def min_over_ranks(value: Tensor) -> Tensor:
-    """Collective."""
-    if dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value, dist.ReduceOp.MIN)
     return value
 
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from config import Averages
+
 
 class Ema:
     """Float32 averages of the trainable parameters: average <- d average + (1 - d) parameter after every optimizer step.
@@ -58,3 +60,7 @@ class Ema:
             yield
         finally:
             swap()
+
+
+def averages_of(net: nn.Module, config: Averages) -> list[Ema]:
+    return [Ema(net, decay, config.warmup) for decay in (config.decay1, config.decay2)]

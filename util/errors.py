@@ -3,7 +3,11 @@
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
+
+BEFORE_LEAVING: list[Callable[[], None]] = []  # what ends the lines that are still open
 
 
 class UserError(ValueError):
@@ -19,8 +23,19 @@ def leave(message: str, code: int) -> NoReturn:
     """Print one line and end the process, in a torchrun group at once: waiting for the other ranks could last for ever."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)  # the same error on rank 0 ends the run before; a line of this rank is for one of its own
+    for action in BEFORE_LEAVING:
+        action()
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     if "WORLD_SIZE" in os.environ:
         os._exit(code)
     sys.exit(code)
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """A program's body; what a user can put right ends it in one line."""
+    try:
+        yield
+    except UserError as error:
+        leave(f"error: {error}", 1)

@@ -45,6 +45,18 @@ def writable_folder(path: str | Path, flag: str) -> Path:
     return path
 
 
+def read_lines(path: str | Path, flag: str) -> list[str]:
+    """The lines of a UTF-8 file that hold text.  Raises: UserError where there are none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path} cannot be read as UTF-8 text: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{flag} {path} holds no line of text")
+    return lines
+
+
 class Lock:
     """Keeps a folder for this process until it ends, however it ends.
 

@@ -1,6 +1,7 @@
 """What a run says while it trains: a progress bar and TensorBoard, both on rank 0 only."""
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from util import distributed as dist
+from util.errors import BEFORE_LEAVING
+
+OPEN_BARS: weakref.WeakSet = weakref.WeakSet()
 
 
 def say(text: str) -> None:
@@ -21,7 +25,18 @@ def say(text: str) -> None:
 def progress(total: int, what: str, initial: int = 0, unit: str = "step") -> tqdm:
     """A bar with speed and time left; where the output is a file it is redrawn more rarely."""
     interval = 0.5 if sys.stderr.isatty() else 5.0
-    return tqdm(total=total, initial=initial, desc=what, unit=unit, mininterval=interval, maxinterval=interval, disable=not dist.is_main())
+    bar = tqdm(total=total, initial=initial, desc=what, unit=unit, mininterval=interval, maxinterval=interval, disable=not dist.is_main())
+    OPEN_BARS.add(bar)
+    return bar
+
+
+def close_bars() -> None:
+    """Each ends its line, so that what is printed next has one of its own."""
+    for bar in list(OPEN_BARS):
+        bar.close()
+
+
+BEFORE_LEAVING.append(close_bars)
 
 
 class Board:
@@ -53,4 +68,4 @@ class Board:
                 action(self.writer)
             except OSError as error:
                 self.writer = None
-                say(f"WARNING: TensorBoard's events cannot be written ({error}); this run logs no more of them")
+                say(f"warning: TensorBoard's events cannot be written ({error}); this run logs no more of them")

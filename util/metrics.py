@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import NEIGHBOURHOOD
 from util import distributed as dist
 
 Statistics = dict[str, np.ndarray]  # "mu" (D,), "sigma" (D, D), float64
@@ -68,9 +69,6 @@ def inception_score(logits: Tensor) -> float:
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
     return isc_features_to_metric(logits, splits=min(10, len(logits)))[KEY_METRIC_ISC_MEAN]
-
-
-NEIGHBOURHOOD = 3  # nearest neighbours that span the manifold in precision and recall
 
 
 def precision_recall(drawn: Tensor, real: Tensor) -> tuple[float, float]:

@@ -1,0 +1,122 @@
+"""What a picture is conditioned on, y: class labels, or pooled features of its caption; the null of guidance; where y comes from.
+
+The one place that knows the kinds of y. A new one (the states of all tokens, say) is a class here, a field of config.TextSource and a network that reads it.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from text_encoder import TextEncoder
+from util import distributed as dist
+from util.feature_store import FeatureRows
+from util.parallel import to_device
+from util.randomness import uniform
+
+
+class Conditions(Protocol):
+    """Labels or caption numbers, (B,) int64 -> y, (B, ...)."""
+
+    null: Tensor  # y of nothing, (1, ...)
+    in_loader: bool  # whether the loader's processes call it, or else the step
+
+    def __call__(self, raw: Tensor) -> Tensor: ...
+
+
+class LabelConditions:
+    """Class labels are their own y; the null label is the one after the last."""
+
+    in_loader = True
+
+    def __init__(self, num_classes: int):
+        self.null = torch.tensor([num_classes])
+
+    def __call__(self, labels: Tensor) -> Tensor:
+        return labels
+
+
+@dataclass(frozen=True)
+class FeatureNorm:
+    """Features to mean 0 and variance 1 in each dimension.
+
+    Mean-pooled LLM states share most of their length, so captions differ by little until it is taken out.
+    """
+
+    mean: Tensor  # (1, width)
+    std: Tensor  # (1, width)
+
+    @classmethod
+    def of(cls, blocks: Iterable[Tensor], width: int) -> "FeatureNorm":
+        """From all ranks' features, each rank's in blocks (n, width).  Dimensions that do not vary keep their scale.  Collective."""
+        sums = torch.zeros(3, width, dtype=torch.float64)  # of 1, of the feature, of its square
+        for block in blocks:
+            block = block.double()
+            sums += torch.stack([torch.full((width,), float(len(block)), dtype=torch.float64), block.sum(0), block.square().sum(0)])
+        count, total, squares = dist.sum_over_ranks(sums)[:, None]
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(0).sqrt()
+        return cls(mean.float(), torch.where(std > 1e-6, std, 1.0).float())
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean.to(features.device)) / self.std.to(features.device)
+
+
+def unchanged(features: Tensor) -> Tensor:
+    """--text_norm none."""
+    return features
+
+
+class StoredText:
+    """conditions(lines) -> (B, width) float32 on the CPU, read by row; the loader's processes do it."""
+
+    in_loader = True
+
+    def __init__(self, features: FeatureRows, rows: np.ndarray, null: Tensor, norm: Callable[[Tensor], Tensor]):
+        self.features, self.rows, self.null, self.norm = features, rows, null, norm
+
+    def __call__(self, lines: Tensor) -> Tensor:
+        rows = self.rows[lines.numpy()]
+        assert (rows >= 0).all(), "a caption that this run was not prepared for"
+        return self.norm(self.features(rows))
+
+
+class LiveText:
+    """conditions(lines) -> (B, width) float32 on the LLM's device, encoded on the spot."""
+
+    in_loader = False
+
+    def __init__(self, encoder: TextEncoder, captions: Sequence[str], null: Tensor, norm: Callable[[Tensor], Tensor]):
+        self.encoder, self.captions, self.null, self.norm = encoder, captions, null, norm
+
+    def __call__(self, lines: Tensor) -> Tensor:
+        return self.norm(self.encoder.encode([self.captions[line] for line in lines.tolist()]))
+
+
+@dataclass
+class Conditioning:
+    """What training and drawing are conditioned on, and how its features were made."""
+
+    conditions: Conditions
+    prompts: Tensor  # y of the prompts, (prompts, width), or labels (prompts,)
+    description: dict[str, Any] | None = None  # goes into the checkpoint of a text model
+    width: int | None = None  # of text features
+    frozen: int = 0  # parameters of the LLM
+
+
+def of_labels(num_classes: int, prompts: Sequence[int]) -> Conditioning:
+    return Conditioning(LabelConditions(num_classes), torch.tensor(prompts))
+
+
+def expand_null(null: Tensor, count: int) -> Tensor:
+    """(1, ...) -> (count, ...)."""
+    return null.expand(count, *null.shape[1:])
+
+
+def drop_conditions(y: Tensor, null: Tensor, numbers: Sequence[int], probability: float, seed: int) -> Tensor:
+    """y (B, ...) with the null in place of a share of its rows, chosen by the samples' numbers."""
+    dropped = to_device(uniform(seed, "drop", numbers) < probability, y.device)
+    return torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)

@@ -1,0 +1,617 @@
+"""What a run is: frozen dataclasses whose fields carry their flag, default, bounds and help; their validity; to plain data and back.
+
+No torch here: `--help` and a wrong flag are told before torch is imported. A config that cannot work cannot be made, whether from flags, from
+a checkpoint or in a notebook.
+"""
+
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar
+
+from util.errors import UserError
+
+SIZES = ("Nano", "Ti", "S", "B", "L", "H", "G")
+LAYERS = ("last", "-2", "middle", "mean")
+NEIGHBOURHOOD = 3  # nearest neighbours that span the manifold in precision and recall
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    shown: str
+    must: str
+    hold: Callable[[float], bool]
+
+
+AT_LEAST_1 = Bounds("≥ 1", "be at least 1", lambda value: value >= 1)
+NOT_NEGATIVE = Bounds("≥ 0", "not be negative", lambda value: value >= 0)
+POSITIVE = Bounds("> 0", "be positive", lambda value: value > 0)
+SHARE = Bounds("[0, 1]", "be in [0, 1]", lambda value: 0 <= value <= 1)
+BELOW_1 = Bounds("[0, 1)", "be in [0, 1)", lambda value: 0 <= value < 1)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How the command line says a field, and what documents it."""
+
+    name: str
+    help: str
+    ja: str
+    bounds: Bounds | None = None
+    choices: tuple[str, ...] = ()
+    several: str = ""  # "numbers", "weights" or "intervals": how a list is written, for --sweep
+    off: str = ""  # the flag that turns it off
+    shown: str = ""  # the default in words, where None stands for something
+
+
+def flag(default: Any, name: str, help: str, ja: str, **options: Any) -> Any:
+    """A field that is a flag too.  options: those of Flag."""
+    return field(default=default, metadata={"flag": Flag(name, help, ja, **options)})
+
+
+def flag_of(config_field: Field) -> Flag | None:
+    return config_field.metadata.get("flag")
+
+
+class Config:
+    """Base of the dataclasses below.  Raises: UserError, naming the flag, for a value that cannot work."""
+
+    def __post_init__(self):
+        for config_field in fields(self):
+            if known := flag_of(config_field):
+                check_value(known, getattr(self, config_field.name))
+        self.check()
+
+    def check(self) -> None:
+        """What concerns several fields."""
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def check_value(known: Flag, value: Any) -> None:
+    if value is None or isinstance(value, bool):
+        return
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, float):
+            require(math.isfinite(one), f"--{known.name} {one} must be a finite number")
+        require(not known.bounds or known.bounds.hold(one), f"--{known.name} {one} must {known.bounds and known.bounds.must}")
+        require(not known.choices or one in known.choices, f"--{known.name} {one}: wanted one of {', '.join(known.choices)}")
+
+
+def parse_model_name(name: str) -> tuple[str, int, bool]:
+    """'JiT-B/16-Text' -> ('B', 16, True): size, patch size, whether it is conditioned on text.
+
+    Raises: ValueError for a name that is not JiT-{size}/{patch} or JiT-{size}/{patch}-Text.
+    """
+    match = re.fullmatch(rf"JiT-({'|'.join(SIZES)})/([1-9]\d*)(-Text)?", name)
+    if not match:
+        raise ValueError(f"{name!r} is not a JiT; wanted JiT-SIZE/PATCH or JiT-SIZE/PATCH-Text with SIZE one of {', '.join(SIZES)}")
+    return match[1], int(match[2]), match[3] is not None
+
+
+@dataclass(frozen=True)
+class Model(Config):
+    name: str = flag(
+        "JiT-B/16",
+        "model",
+        "`JiT-SIZE/PATCH` or `JiT-SIZE/PATCH-Text`; sizes Nano, Ti, S, B, L, H, G; any patch size",
+        "`JiT-SIZE/PATCH` または `JiT-SIZE/PATCH-Text`。SIZE は Nano、Ti、S、B、L、H、G、パッチサイズは任意です",
+    )
+    img_size: int = flag(
+        256, "img_size", "width and height of the pictures, a multiple of the patch size", "画像の縦横のピクセル数。パッチサイズの倍数にします", bounds=POSITIVE
+    )
+    attn_dropout: float = flag(
+        0.0,
+        "attn_dropout",
+        "dropout of the attention weights, in the middle half of the blocks",
+        "アテンション重みの dropout（中央半分のブロックのみ）",
+        bounds=BELOW_1,
+    )
+    proj_dropout: float = flag(
+        0.0,
+        "proj_dropout",
+        "dropout after attention and in the MLP, in the middle half of the blocks (the paper: 0.2 for H)",
+        "アテンションの後と MLP 内の dropout（中央半分のブロックのみ、論文の H では 0.2）",
+        bounds=BELOW_1,
+    )
+    class_num: int = flag(1000, "class_num", "classes of a class model", "クラスモデルのクラス数", bounds=AT_LEAST_1)
+
+    @property
+    def is_text(self) -> bool:
+        return parse_model_name(self.name)[2]
+
+    def check(self) -> None:
+        try:
+            _, patch, _ = parse_model_name(self.name)
+        except ValueError as error:
+            raise UserError(f"--model {error}") from error
+        smaller = self.img_size // patch * patch or patch
+        require(self.img_size % patch == 0, f"--img_size {self.img_size} is not a multiple of the patch size {patch} of --model {self.name}; try {smaller}")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(Config):
+    """What the noise is; training and sampling must agree on it (defaults: the paper's table 9, 256 pixels)."""
+
+    P_mean: float = flag(-0.8, "P_mean", "t = sigmoid(P_mean + P_std x normal)", "t = sigmoid(P_mean + P_std x 正規乱数)")
+    P_std: float = flag(0.8, "P_std", "see --P_mean", "--P_mean を参照", bounds=POSITIVE)
+    noise_scale: float = flag(
+        1.0, "noise_scale", "standard deviation of the noise: img_size / 256 in the paper", "ノイズの標準偏差。論文では img_size / 256", bounds=POSITIVE
+    )
+    t_eps: float = flag(0.05, "t_eps", "1 - t is never taken below this where it divides", "除算に使う 1 - t の下限", bounds=BELOW_1)
+
+    def check(self) -> None:
+        require(self.t_eps > 0, "--t_eps 0 would divide by zero at t = 1; the paper uses 0.05")
+
+
+@dataclass(frozen=True)
+class SamplerConfig(Config):
+    method: str = flag(
+        "heun", "sampling_method", "solver; the last step is Euler's either way", "ソルバー。最後のステップは常に Euler です", choices=("heun", "euler")
+    )
+    steps: int = flag(50, "num_sampling_steps", "steps of the solver from noise to picture", "ノイズから画像までのソルバーのステップ数", bounds=AT_LEAST_1)
+    cfg_scale: float = flag(
+        1.0,
+        "cfg",
+        "scale of classifier-free guidance; 1 is none; for --sweep several: `1.5,2,3` or `1.0:4.0:0.1`",
+        "classifier-free guidance の強さ。1 はガイダンスなし。--sweep では `1.5,2,3` や `1.0:4.0:0.1` のように複数指定できます",
+        bounds=NOT_NEGATIVE,
+        several="numbers",
+    )
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # range of t where guidance acts
+
+    def check(self) -> None:
+        low, high = self.cfg_interval
+        require(0 <= low <= high <= 1, f"--interval_min {low} --interval_max {high}: wanted 0 <= interval_min <= interval_max <= 1")
+
+
+@dataclass(frozen=True)
+class TextConfig(Config):
+    """What decides a caption's features, besides the model's files."""
+
+    llm: str = flag(
+        "llm-jp/llm-jp-3-3.7b",
+        "llm_model_name",
+        "frozen language model: a Hugging Face hub name or a folder",
+        "凍結した言語モデル。Hugging Face Hub の名前かフォルダ",
+    )
+    max_text_len: int = flag(
+        77, "max_text_len", "tokens of a caption that are read; the rest is cut off", "キャプションの読み込むトークン数。残りは切り捨てます", bounds=AT_LEAST_1
+    )
+    layer: str = flag(
+        "mean",
+        "llm_layer",
+        "states that become features: the `last` or next to last (`-2`) layer's, the `middle` one's, or the `mean` over all of RMS-normalised states",
+        "特徴量にする層: 最終層 `last`、最後から 2 番目 `-2`、中央の層 `middle`、RMS 正規化した全層の平均 `mean`",
+        choices=LAYERS,
+    )
+    pooling: str = "mean"  # or "tokens": every token's state
+    dtype: str = flag(
+        "auto",
+        "llm_dtype",
+        "type the language model runs in; auto: that of the checkpoint, else of the text store, else bf16 on a GPU and fp32 on a CPU",
+        "言語モデルの計算精度。auto はチェックポイント、なければテキストストアに合わせ、どちらもなければ GPU で bf16、CPU で fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
+    revision: str | None = None  # of a hub name
+    trust_remote_code: bool = flag(
+        False,
+        "trust_remote_code",
+        "run the Python code that the language model brings along; only for authors you trust",
+        "言語モデルに同梱された Python コードを実行します。作者を信頼できる場合に限ります",
+    )
+
+
+@dataclass(frozen=True)
+class TextSource(Config):
+    """Where the features of captions come from."""
+
+    encoder: TextConfig = field(default_factory=TextConfig)
+    cache: str = flag(
+        "disk",
+        "text_cache",
+        "features of each distinct caption once, in a store on `disk` or in `memory`; `off`: the language model runs in every step, for captions too varied to store",
+        "異なるキャプションごとに一度だけ計算した特徴量の置き場所。`disk` か `memory`。`off` は毎ステップ言語モデルを実行します（種類が多すぎて保存できない場合）",
+        choices=("disk", "memory", "off"),
+    )
+    folder: str | None = flag(
+        None,
+        "text_cache_dir",
+        "folder of the store",
+        "ストアのフォルダ",
+        shown="text_cache in data_path, or in output_dir where that is read-only",
+    )
+    norm: str = flag(
+        "standardize",
+        "text_norm",
+        "`standardize`: text features to mean 0 and variance 1 per dimension over the training captions; or `none`",
+        "`standardize` は学習キャプション全体で各次元を平均 0、分散 1 にします。`none` は何もしません",
+        choices=("none", "standardize"),
+    )
+
+    def check(self) -> None:
+        require(self.cache == "disk" or self.folder is None, f"--text_cache_dir has no effect with --text_cache {self.cache}")
+
+
+@dataclass(frozen=True)
+class Data(Config):
+    path: str = flag(
+        "./data",
+        "data_path",
+        "folder with images/ and captions/ (text) or train/<class>/ (classes)",
+        "images/ と captions/（テキスト）または train/<class>/（クラス）があるフォルダ",
+    )
+    missing: str = flag(
+        "error",
+        "missing_captions",
+        "pictures without captions and captions without a picture",
+        "キャプションのない画像と画像のないキャプションの扱い",
+        choices=("error", "skip"),
+    )
+    broken: str = flag(
+        "skip",
+        "bad_images",
+        "broken pictures; skipped ones are listed in output_dir/bad_images.txt, over 1 % is an error",
+        "壊れた画像の扱い。skip したものは output_dir/bad_images.txt に記録され、1 % を超えるとエラーになります",
+        choices=("error", "skip"),
+    )
+    hflip: bool | None = flag(
+        None,
+        "hflip",
+        "random horizontal flip; left, right and letters would be wrong for captions",
+        "ランダムな左右反転。キャプション付き画像では左右や文字が合わなくなります",
+        off="no-hflip",
+        shown="on for classes, off for text",
+    )
+    held_out: int = flag(
+        64,
+        "held_out",
+        "pictures kept out of training to measure text_gap on, a hundredth of all at most; where none are, it is measured on training pictures",
+        "text_gap を測るために学習から除く画像の数（全体の 100 分の 1 まで）。0 なら学習画像で測ります",
+        bounds=NOT_NEGATIVE,
+    )
+    workers: int = flag(
+        12,
+        "num_workers",
+        "loader processes per training process, at most one a core",
+        "学習プロセスあたりの読み込みプロセス数（コア数まで）",
+        bounds=NOT_NEGATIVE,
+    )
+    pin_mem: bool = flag(True, "pin_mem", "page-locked memory for faster copies to the GPU", "GPU への転送を速くするページロックメモリ", off="no_pin_mem")
+
+
+@dataclass(frozen=True)
+class Train(Config):
+    epochs: int = flag(200, "epochs", "passes over the data, the resumed ones included", "データを通す回数（再開前の分を含む）", bounds=AT_LEAST_1)
+    warmup_epochs: float = flag(
+        5.0, "warmup_epochs", "epochs of linear warm-up of the learning rate from 0", "学習率を 0 から線形に上げるエポック数", bounds=NOT_NEGATIVE
+    )
+    batch_size: int = flag(
+        128,
+        "batch_size",
+        "pictures per process and step part; effective batch = batch_size x accum_iter x processes",
+        "1 プロセス・1 分割あたりの画像数。実効バッチ = batch_size x accum_iter x プロセス数",
+        bounds=AT_LEAST_1,
+    )
+    accum_iter: int = flag(
+        1,
+        "accum_iter",
+        "parts whose gradients are added up before each optimizer step",
+        "オプティマイザの 1 ステップで勾配を合計する分割数",
+        bounds=AT_LEAST_1,
+    )
+    lr: float | None = flag(None, "lr", "absolute learning rate", "学習率の絶対値", bounds=POSITIVE, shown="blr x effective batch / 256")
+    blr: float = flag(5e-5, "blr", "base learning rate, per 256 pictures", "256 枚あたりの基準学習率", bounds=POSITIVE)
+    min_lr: float = flag(0.0, "min_lr", "where --lr_schedule cosine ends", "--lr_schedule cosine の終わりの学習率", bounds=NOT_NEGATIVE)
+    lr_schedule: str = flag("constant", "lr_schedule", "after the warm-up", "ウォームアップ後の学習率", choices=("constant", "cosine"))
+    weight_decay: float = flag(0.0, "weight_decay", "AdamW's, not on biases and norms", "AdamW の重み減衰（バイアスと正規化層を除く）", bounds=NOT_NEGATIVE)
+    grad_clip: float | None = flag(None, "grad_clip", "largest gradient norm", "勾配ノルムの上限", bounds=POSITIVE, shown="no clipping")
+    label_drop_prob: float = flag(
+        0.1,
+        "label_drop_prob",
+        "share of captions or labels replaced by the null, for guidance",
+        "ガイダンスのために空の条件に置き換えるキャプションやラベルの割合",
+        bounds=SHARE,
+    )
+    start_epoch: int | None = flag(None, "start_epoch", "number of the first epoch", "最初のエポックの番号", shown="what the checkpoint says, else 0")
+    log_freq: int = flag(100, "log_freq", "steps between lines of the log", "ログの間隔（ステップ数）", bounds=AT_LEAST_1)
+
+    def check(self) -> None:
+        require(self.lr is None or self.blr == Train.blr, "--lr and --blr: give one of them")
+        require(self.min_lr == 0 or self.lr_schedule == "cosine", "--min_lr is where --lr_schedule cosine ends; add that, or leave it out")
+        start = self.start_epoch or 0
+        require(0 <= start < self.epochs, f"--start_epoch {start} must be in [0, epochs), and --epochs is {self.epochs}")
+
+    def effective_batch(self, processes: int) -> int:
+        """Pictures of one optimizer step, over all processes."""
+        return self.batch_size * self.accum_iter * processes
+
+    def peak_lr(self, processes: int) -> float:
+        return self.blr * self.effective_batch(processes) / 256 if self.lr is None else self.lr
+
+
+@dataclass(frozen=True)
+class Averages(Config):
+    decay1: float = flag(
+        0.9999,
+        "ema_decay1",
+        "first weight average, the one that draws unless --eval_ema says otherwise",
+        "1 つ目の重み平均。--eval_ema がなければこれで描画します",
+        bounds=BELOW_1,
+    )
+    decay2: float = flag(0.9996, "ema_decay2", "second weight average", "2 つ目の重み平均", bounds=BELOW_1)
+    warmup: bool = flag(
+        True,
+        "ema_warmup",
+        "decays of min(decay, (1 + n) / (10 + n)) at first; without it the given ones from the first step on",
+        "はじめは min(decay, (1 + n) / (10 + n)) の減衰率にします。無効にすると最初のステップから指定どおりです",
+        off="no_ema_warmup",
+    )
+
+
+@dataclass(frozen=True)
+class Save(Config):
+    every_epochs: int = flag(5, "save_last_freq", "epochs between writings of checkpoint-last.pth", "checkpoint-last.pth を書くエポック間隔", bounds=AT_LEAST_1)
+    every_steps: int | None = flag(
+        None,
+        "save_freq_steps",
+        "and steps between them, within epochs too",
+        "ステップ単位の保存間隔（エポックの途中でも保存）",
+        bounds=AT_LEAST_1,
+        shown="at ends of epochs only",
+    )
+    keep_last: int | None = flag(
+        None,
+        "keep_last",
+        "how many of the numbered checkpoints, of every 100th epoch, to keep",
+        "100 エポックごとの番号付きチェックポイントを残す数",
+        bounds=AT_LEAST_1,
+        shown="all",
+    )
+    eval_every: int = flag(40, "eval_freq", "epochs between evaluations within training", "学習中の評価のエポック間隔", bounds=AT_LEAST_1)
+
+
+@dataclass(frozen=True)
+class Drawing(Config):
+    weights: str = flag(
+        "1",
+        "eval_ema",
+        "weights that draw: the averages `1` and `2`, or `raw`; for --sweep several: `1,2,raw`",
+        "描画に使う重み: 平均 `1`、`2`、または `raw`。--sweep では `1,2,raw` のように複数指定できます",
+        choices=("1", "2", "raw"),
+        several="weights",
+    )
+    batch_size: int = flag(256, "gen_bsz", "pictures drawn at a time per process", "1 プロセスが一度に描く枚数", bounds=AT_LEAST_1)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+
+@dataclass(frozen=True)
+class Eval(Config):
+    num_images: int = flag(50000, "num_images", "pictures of an evaluation", "評価で描く枚数", bounds=AT_LEAST_1)
+    save_images: bool = flag(
+        False, "save_images", "keep an evaluation's pictures as PNG, below output_dir/eval/", "評価で描いた画像を output_dir/eval/ 以下に PNG で残します"
+    )
+    fid_stats: str | None = flag(
+        None,
+        "fid_stats",
+        "reference statistics (.npz with mu and sigma); see prepare_ref.py",
+        "参照統計（mu と sigma を持つ .npz）。prepare_ref.py を参照",
+        shown="the data's own",
+    )
+    inception_weights: str | None = flag(
+        None,
+        "inception_weights",
+        "file of torch-fidelity's Inception weights; `none`: no FID and IS",
+        "torch-fidelity の Inception の重みファイル。`none` なら FID と IS を測りません",
+        shown="torch's cache, else a download into it",
+    )
+    captions: str | None = flag(
+        None,
+        "eval_captions",
+        "captions to draw in evaluations: a UTF-8 file, one a line, or a folder of .txt",
+        "評価で描くキャプション。1 行 1 件の UTF-8 ファイル、または .txt のフォルダ",
+        shown="the data's",
+    )
+    clip_model: str | None = flag(
+        None,
+        "clip_model",
+        "CLIP for CLIP score and R-precision, a hub name or a folder, such as llm-jp/waon-siglip2-base-patch16-256",
+        "CLIP スコアと R-precision 用の CLIP。Hub の名前かフォルダ（例: llm-jp/waon-siglip2-base-patch16-256）",
+    )
+    precision_recall: bool = flag(False, "precision_recall", "precision and recall too, with VGG16", "VGG16 による precision と recall も測ります")
+    vgg16_weights: str | None = flag(
+        None,
+        "vgg16_weights",
+        "file of torchvision's VGG16 weights, for --precision_recall",
+        "--precision_recall 用の torchvision の VGG16 の重みファイル",
+        shown="as for --inception_weights",
+    )
+    fd_dinov2: str | None = flag(
+        None,
+        "fd_dinov2",
+        "FD-DINOv2 too, with that model: facebook/dinov2-large, or a folder",
+        "指定したモデル（facebook/dinov2-large またはフォルダ）で FD-DINOv2 も測ります",
+    )
+    demands: str = ""  # what the run cannot do without: "fid" for a sweep, "figures" for --evaluate_gen
+
+    def check(self) -> None:
+        require(self.vgg16_weights is None or self.precision_recall, "--vgg16_weights is for --precision_recall; add that, or leave it out")
+
+
+@dataclass(frozen=True)
+class Sweep(Config):
+    """All combinations of weights, scales and intervals."""
+
+    images: int = flag(
+        8000,
+        "sweep_images",
+        "pictures of each combination of --sweep; the best is evaluated with --num_images",
+        "--sweep の各組み合わせの枚数。最良の設定は --num_images で評価します",
+        bounds=AT_LEAST_1,
+    )
+    weights: tuple[str, ...] = ()  # empty, like the others: what the checkpoint draws with
+    scales: tuple[float, ...] = ()
+    intervals: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Run(Config):
+    output_dir: str = flag(
+        "./output_dir",
+        "output_dir",
+        "checkpoints, TensorBoard events, pictures; --generate, --evaluate_gen and --sweep write where the checkpoint is unless this says otherwise",
+        "チェックポイント、TensorBoard のログ、画像の出力先。--generate、--evaluate_gen、--sweep では省略するとチェックポイントのあるフォルダに書きます",
+    )
+    resume: str | None = flag(
+        None,
+        "resume",
+        "checkpoint file, or folder with checkpoint-last.pth; may be output_dir itself while that is new",
+        "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ。新しい output_dir 自身でもかまいません",
+    )
+    device: str = flag("auto", "device", "auto: a GPU where there is one", "auto は GPU があれば GPU", choices=("auto", "cuda", "cpu"))
+    precision: str = flag(
+        "auto",
+        "precision",
+        "autocast of the network; weights are float32 always; auto: bf16 on a GPU, fp32 on a CPU",
+        "ネットワークの autocast の精度。重みは常に float32。auto は GPU で bf16、CPU で fp32",
+        choices=("auto", "bf16", "fp32"),
+    )
+    seed: int = flag(0, "seed", "what every random number of the run follows from", "すべての乱数のもとになる値", bounds=NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    model: Model
+    diffusion: DiffusionConfig
+    data: Data
+    text: TextSource | None  # None for a class model
+    train: Train
+    averages: Averages
+    save: Save
+    drawing: Drawing
+    evaluation: Eval | None  # None: no evaluations within training
+    run: Run
+
+
+@dataclass(frozen=True)
+class DrawJob:
+    """What all runs have in common that draw with a checkpoint; what `given` does not hold is the checkpoint's to say (resume.completed)."""
+
+    model: Model
+    diffusion: DiffusionConfig
+    data: Data
+    text: TextSource | None
+    averages: Averages
+    drawing: Drawing
+    run: Run
+    given: Mapping[str, Any]  # the flags of the command line, with their values
+
+
+@dataclass(frozen=True)
+class GenerateJob(DrawJob):
+    prompts: tuple[str, ...]
+    prompts_file: str | None
+
+
+@dataclass(frozen=True)
+class EvaluateJob(DrawJob):
+    evaluation: Eval
+
+
+@dataclass(frozen=True)
+class SweepJob(DrawJob):
+    evaluation: Eval
+    sweep: Sweep
+
+
+Job = TrainJob | GenerateJob | EvaluateJob | SweepJob
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """cache_text.py: the store that a training command would build."""
+
+    data: Data
+    text: TextSource
+    run: Run
+    prompts: tuple[str, ...]
+    prompts_file: str | None
+
+
+@dataclass(frozen=True)
+class ReferenceJob:
+    """prepare_ref.py."""
+
+    data: Data
+    img_size: int
+    inception_weights: str | None
+    out: str
+    device: str
+
+
+TEXT_FLAGS = ("llm_model_name", "max_text_len", "llm_layer", "llm_dtype", "text_norm", "text_cache", "text_cache_dir", "held_out", "missing_captions")
+TEXT_FLAGS += ("eval_captions", "clip_model", "trust_remote_code")
+CONFIGS = (Model, DiffusionConfig, SamplerConfig, TextConfig, TextSource, Data, Train, Averages, Save, Drawing, Eval, Sweep, Run)
+
+
+def defaults() -> dict[str, Any]:
+    """Of the flags that are a field of a config, by their names."""
+    return {known.name: config_field.default for cls in CONFIGS for config_field in fields(cls) if (known := flag_of(config_field))}
+
+
+def check_kind(model: Model, given: Mapping[str, Any]) -> None:
+    """Raises: UserError for a flag of text with a class model, or the other way round."""
+    usual = defaults()
+    for name in ("class_num",) if model.is_text else TEXT_FLAGS:
+        require(given.get(name, usual[name]) == usual[name], f"--{name} has no effect on the {'text' if model.is_text else 'class'} model {model.name}")
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Nested dictionaries of numbers, strings and tuples."""
+    return asdict(config)
+
+
+def from_plain(cls: type[C], values: Mapping[str, Any]) -> C:
+    """Back from `to_plain`; fields that are not there have their defaults, and unknown ones, of a later version, are passed over.
+
+    Raises: UserError for a value of another type, or one that cannot work.
+    """
+    hints, found = typing.get_type_hints(cls), {}
+    for config_field in fields(cls):
+        if config_field.name in values:
+            found[config_field.name] = _as(hints[config_field.name], values[config_field.name], config_field.name)
+    return cls(**found)
+
+
+def _as(hint: Any, value: Any, name: str) -> Any:
+    if is_dataclass(hint) and isinstance(value, Mapping):
+        return from_plain(hint, value)
+    if isinstance(hint, types.UnionType):
+        inner, *_ = (kind for kind in typing.get_args(hint) if kind is not type(None))
+        return None if value is None else _as(inner, value, name)
+    if typing.get_origin(hint) is tuple:
+        require(isinstance(value, tuple | list), f"{name} {value!r}: wanted a list")
+        kinds = typing.get_args(hint)
+        return tuple(_as(kinds[0] if kinds[-1] is ... else kind, one, name) for kind, one in zip(kinds * len(value) if kinds[-1] is ... else kinds, value))
+    if hint is float and type(value) is int:
+        return float(value)
+    require(type(value) is hint, f"{name} {value!r}: wanted {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def settings(cls: type, path: str = "") -> Iterator[tuple[str, Field]]:
+    """The fields of a config and of those within it by dotted path: 'encoder.llm'."""
+    hints = typing.get_type_hints(cls)
+    for config_field in fields(cls):
+        hint = hints[config_field.name]
+        if is_dataclass(hint):
+            yield from settings(hint, f"{path}{config_field.name}.")
+        else:
+            yield path + config_field.name, config_field

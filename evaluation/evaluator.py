@@ -1,0 +1,165 @@
+"""Evaluation of weights under a setting: pictures drawn over all ranks, measured as they are drawn, the figures written down with all they depend on.
+
+Picture i follows from the seed, i and its condition alone.
+"""
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from config import SamplerConfig
+from evaluation.measures import Measure, Subjects
+from evaluation.records import Record, as_plain, read_record, write_list, write_record
+from resume import Weights
+from sampling import Painter, save_pictures
+from util import distributed as dist
+from util.logging import say
+
+MUCH_INITIAL = 0.05  # share of initial weights in an average that is called out
+LIBRARIES = ("torch", "torchvision", "torch-fidelity", "transformers", "timm", "numpy", "pillow")
+
+
+def evaluate(
+    painter: Painter, y_of: Callable[[Tensor], Tensor], subjects: Subjects, measures: Sequence[Measure], folder: Path | None = None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Draw a picture of each subject over all ranks and measure them as they are drawn.  Collective.
+
+    Args: y_of: the subjects' conditions -> what the network takes, (B, ...); folder: where to keep the pictures as PNG, if at all.
+    Returns: rank 0's figures, and the seconds that rank 0 spent.
+    """
+    started = time.perf_counter()
+    seconds = {"drawing": 0.0, "features": 0.0}
+    for measure in measures:
+        measure.begin(subjects)
+    drawn = painter.draw(lambda numbers: y_of(subjects.conditions[numbers]), len(subjects), "evaluation")
+    while True:
+        before = time.perf_counter()
+        batch = next(drawn, None)
+        seconds["drawing"] += time.perf_counter() - before
+        if batch is None:
+            break
+        if folder:
+            save_pictures(folder, *batch, digits=6)
+        before = time.perf_counter()
+        for measure in measures:
+            measure.add(*batch)
+        seconds["features"] += time.perf_counter() - before
+    figures = {}
+    for measure in measures:
+        figures |= measure.figures()
+    seconds["rest"] = time.perf_counter() - started - sum(seconds.values())
+    return dist.from_main(figures), seconds
+
+
+def digest_of(net: nn.Module) -> str:
+    """SHA-256 of a network's weights as it computes with them now."""
+    value = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        value.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return value.hexdigest()
+
+
+def call_out_initial(state: Weights, which: str) -> None:
+    """An average that still holds much of the initial weights draws noise, however well training goes.  A published file says no step."""
+    shares = {str(i + 1): ema.initial_share(state.step) for i, ema in enumerate(state.emas)}
+    if state.step and shares.get(which, 0) >= MUCH_INITIAL:
+        better = ["raw", *(other for other, share in shares.items() if share < MUCH_INITIAL)]
+        say(f"warning: EMA {which} is {shares[which]:.0%} initial weights at step {state.step:,}; use --eval_ema {' or '.join(better)}")
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """evaluator(weights, sampler, count) -> Record, which is written down in `folder` too, with the pictures where `save_images` says so."""
+
+    state: Weights
+    painter: Painter
+    measures: Sequence[Measure]
+    y_of: Callable[[Tensor], Tensor]  # conditions of subjects -> what the network takes
+    subjects: Mapping[int, Subjects]  # by number of pictures
+    facts: Mapping[str, Any]  # of the run: model, size, precision
+    folder: Path
+    checkpoint: str | None = None  # the file whose weights these are
+    save_images: bool = False
+
+    def __call__(self, weights: str, sampler: SamplerConfig, count: int) -> Record:
+        """Draw and measure.  Collective."""
+        with self.state.drawing(weights):
+            painter, subjects = replace(self.painter, sampler=sampler), self.subjects[count]
+            setting = self._setting(weights, painter, subjects)
+            path = self.path_of(setting)
+            folder = pictures_folder(path) if self.save_images else None
+            figures, seconds = evaluate(painter, self.y_of, subjects, self.measures, folder)
+        if painter.device.type == "cuda":
+            torch.cuda.empty_cache()  # training goes on with tensors of other sizes
+        record = Record(figures, setting, self._made(subjects, seconds))
+        if dist.is_main():
+            write_record(path, record)
+            if folder:
+                write_list(folder, subjects.captions or subjects.conditions.tolist())
+        say(f"{record.line()}  {path.name}{f', pictures in {folder}' if folder else ''}")
+        return record
+
+    def recall(self, weights: str, sampler: SamplerConfig, count: int) -> Record | None:
+        """The record of the same setting that was written down before, if any.  Collective."""
+        with self.state.drawing(weights):
+            setting = self._setting(weights, replace(self.painter, sampler=sampler), self.subjects[count])
+        path = self.path_of(setting)
+        known = dist.from_main(read_record(path, setting) if dist.is_main() else None)
+        if known:
+            say(f"{known.line()}  as measured before: {path.name}")
+        return known
+
+    def path_of(self, setting: dict[str, Any]) -> Path:
+        return self.folder / f"{Record({}, setting).name}.json"
+
+    def _setting(self, weights: str, painter: Painter, subjects: Subjects) -> dict[str, Any]:
+        """What a record depends on, on all ranks as rank 0 sees it.  Collective."""
+        if not dist.is_main():
+            return dist.from_main(None)
+        decay = None if weights == "raw" else self.state.emas[int(weights) - 1].decay
+        setting = {
+            **self.facts,
+            "weights": {"which": weights, "decay": decay, "step": self.state.step or None, "sha256": digest_of(self.state.net)},
+            "img_size": painter.img_size,
+            "diffusion": asdict(painter.diffusion),
+            "sampling": asdict(painter.sampler),
+            "seed": painter.seed,
+            "pictures": len(subjects),
+            "subjects_sha256": subjects.digest(),
+            "libraries": {name: version(name) for name in LIBRARIES},
+        }
+        for measure in self.measures:
+            setting |= measure.facts(subjects)
+        return dist.from_main(as_plain(setting))
+
+    def _made(self, subjects: Subjects, seconds: Mapping[str, float]) -> dict[str, Any]:
+        device = self.painter.device
+        return {
+            "checkpoint": self.checkpoint,
+            "subjects": subjects.source,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "processes": dist.world_size(),
+            "batch": self.painter.batch_size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "pictures_per_second": round(len(subjects) / sum(seconds.values()), 3),
+        }
+
+
+def pictures_folder(path: Path) -> Path:
+    """An empty folder beside a record's file, for its pictures.  Collective."""
+    folder = path.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    if dist.is_main():
+        for old in folder.glob("*.png"):
+            old.unlink()
+    dist.barrier()
+    return folder

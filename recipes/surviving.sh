@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The run of b16_256_text.sh on machines that are taken away: it saves within epochs, finishes on signals, and torchrun starts it
+# again when a process dies. It may go on with what b16_256_text.sh began, and the other way round.
+# docs/running.md, "Surviving", says what happens when. The variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE is for torch 2.15 with gloo,
+# where restarts otherwise fail.
+#
+#   DATA=my_data OUT=output/b16 GPUS=8 bash recipes/surviving.sh [more flags]      (these are the defaults)
+#
+# Effective batch 1024 = 128 x 8 GPUs; learning rate 2e-4 = blr x 1024 / 256, constant after five epochs of warm-up.
+# With fewer GPUs add --accum_iter so that the product stays 1024: GPUS=4 bash recipes/surviving.sh --accum_iter 2
+# The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
+#
+# Cost, computed, not measured; nothing of this has been measured on a GPU yet:
+#   forward         50 GFLOP a picture (the paper's 25 "Gflops" count a multiply-add as one operation)
+#   training        three times as much: 150 GFLOP a picture
+#   per million pictures of data   0.15 EFLOP an epoch, 90 EFLOP for 600 epochs
+#   time            7.9 hours per million pictures on eight H100. Assumed: 40 % of 989 TFLOP/s (bf16, dense) on each.
+#   evaluations     --online_eval draws 50,000 pictures 15 times, 187 passes of the network each: 7.0 EFLOP,
+#                   0.6 hours more at that rate
+#   memory          2.7 GB a GPU for weights, two averages and AdamW in float32 (20 bytes x 132.7M parameters);
+#                   gradients (0.5 GB) and activations come on top
+#   lost by a kill  at most 1000 steps, that is 1,024,000 training pictures: 0.15 EFLOP, 0.8 minutes at that rate
+set -euo pipefail
+
+DATA=${DATA:-my_data}
+OUT=${OUT:-output/b16}
+GPUS=${GPUS:-8}
+
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+torchrun --nproc_per_node="$GPUS" --nnodes=1 --node_rank=0 \
+    --max-restarts=10 --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 main_jit.py \
+    --model JiT-B/16-Text --img_size 256 --noise_scale 1.0 \
+    --llm_model_name llm-jp/llm-jp-3-3.7b \
+    --batch_size 128 --blr 5e-5 --epochs 600 --warmup_epochs 5 \
+    --cfg 2.9 --interval_min 0.1 --interval_max 1.0 \
+    --save_freq_steps 1000 --keep_last 3 \
+    --data_path "$DATA" --output_dir "$OUT" --resume "$OUT" --online_eval "$@"

@@ -1,0 +1,373 @@
+"""Resuming, every rule of it: what a checkpoint holds, which one a run begins from, what must agree with it, and how it is restored."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from config import (
+    Averages,
+    Config,
+    Data,
+    DiffusionConfig,
+    Drawing,
+    DrawJob,
+    Job,
+    Model,
+    Run,
+    SweepJob,
+    TextSource,
+    Train,
+    TrainJob,
+    check_kind,
+    flag_of,
+    from_plain,
+    parse_model_name,
+    settings,
+    to_plain,
+)
+from util import checkpoint
+from util import distributed as dist
+from util.ema import Ema
+from util.errors import UserError, one_line
+from util.logging import say
+from util.schedule import Due, Progress
+from util.skips import Skips
+
+J = TypeVar("J", bound=DrawJob)
+
+# --- what a run is made of, and what a checkpoint holds of it
+
+
+@dataclass(kw_only=True)
+class Weights:
+    """A network and its averages: what draws."""
+
+    net: nn.Module
+    emas: list[Ema]
+    step: int = 0  # optimizer steps that made them; 0 for a published file, which does not say
+
+    @contextmanager
+    def drawing(self, which: str) -> Iterator[None]:
+        """Inside, the network is in evaluation mode and computes with an average, "1" or "2", or with its own weights, "raw"."""
+        self.net.eval()
+        with nullcontext() if which == "raw" else self.emas[int(which) - 1].applied(self.net):
+            yield
+
+
+@dataclass(kw_only=True)
+class TrainState(Weights):
+    """What training changes."""
+
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class World:
+    """What decides, with the seed, which pictures a step trains on."""
+
+    processes: int
+    effective_batch: int
+    steps_per_epoch: int
+    data: str  # the data set's fingerprint
+
+
+@dataclass
+class Saved:
+    """A checkpoint, mapped into memory until it is closed."""
+
+    path: Path
+    weights: dict[str, Tensor]  # the network's own, under `net.`
+    averages: list[dict[str, Tensor] | None]
+    optimizer: dict[str, Any]
+    progress: Progress
+    world: World | None  # None for a published file
+    job: dict[str, Any]  # the configs that made it, plain: as many as it says
+    text: dict[str, Any]  # how its text features were made; nothing for a class model
+    anew: bool = False  # --start_epoch counts: the steps are not the checkpoint's any more
+
+    def close(self) -> None:
+        """Let go of the file: a large model's is tens of gigabytes."""
+        self.weights, self.averages, self.optimizer, self.text = {}, [], {}, {}
+
+
+def content(state: TrainState, progress: Progress, world: World, job: TrainJob, text: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a checkpoint holds, as plain data.  `epoch` in the file is the last one that is finished."""
+    return {
+        "model": checkpoint.with_prefix(state.net.state_dict()),
+        **{f"model_ema{i + 1}": checkpoint.with_prefix(ema.state_dict(state.net)) for i, ema in enumerate(state.emas)},
+        "optimizer": checkpoint.optimizer_state(state.optimizer, state.net),
+        "epoch": progress.epoch - 1,
+        "epoch_step": progress.epoch_step,
+        "step": progress.step,
+        "skips": progress.skips,
+        "evaluation_due": progress.evaluation_due,
+        "world": asdict(world),
+        "job": to_plain(job),
+        **({"text": dict(text)} if text else {}),
+    }
+
+
+def read(path: Path, start_epoch: int | None = None) -> Saved:
+    """A checkpoint of ours, of any version, or a published one.  Raises: UserError for a file that is neither."""
+    state = checkpoint.load(path)
+    try:
+        epoch, skips = state.get("epoch", -1) + 1, state.get("skips")
+        progress = Progress(epoch, state.get("epoch_step", 0), state.get("step"), None if skips is None else skips.clone(), state.get("evaluation_due", False))
+        world = World(**state["world"]) if "world" in state else None
+        job = plain_job(state)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--resume {path}: no checkpoint of a JiT ({type(error).__name__}: {one_line(error)})") from error
+    if start_epoch is not None:
+        progress = replace(progress, epoch=start_epoch, epoch_step=0)
+    averages = [state.get(f"model_ema{i}") for i in (1, 2)]
+    return Saved(path, state["model"], averages, state.get("optimizer", {}), progress, world, job, state.get("text", {}), start_epoch is not None)
+
+
+def plain_job(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The configs that a file says; those of `args`, which published files and ours before version 0.2 have, by the names of their flags."""
+    job = dict(state["job"]) if isinstance(state.get("job"), Mapping) else of_flags(state["args"])
+    text = state.get("text")
+    if text:  # which was there before the configs, and is what the features were really made with
+        source = dict(job.get("text") or {})
+        encoder = dict(source.get("encoder") or {}) | {"llm": text["llm"], "layer": text["layer"], "max_text_len": text["max_text_len"]}
+        job["text"] = source | {"encoder": encoder, "norm": text["text_norm"]}
+    return job
+
+
+SECTIONS: dict[str, type[Config]] = {
+    "model": Model, "diffusion": DiffusionConfig, "data": Data, "text": TextSource, "averages": Averages, "drawing": Drawing, "run": Run,
+}  # fmt: skip
+
+
+def of_flags(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain configs from flags by name, where there are such flags."""
+    job: dict[str, Any] = {"averages": {"warmup": False}} if values else {}  # published averages have none
+    for section, cls in SECTIONS.items():
+        for path, config_field in settings(cls):
+            known = flag_of(config_field)
+            if known and known.name in values:
+                value = values[known.name]
+                put(job, f"{section}.{path}", value[0] if known.several and isinstance(value, tuple | list) else value)
+    if {"interval_min", "interval_max"} <= set(values):
+        put(job, "drawing.sampler.cfg_interval", (values["interval_min"], values["interval_max"]))
+    return job
+
+
+# --- which checkpoint a run begins from
+
+
+def find(job: Job) -> Saved | None:
+    """The checkpoint that the run begins from, if any; nothing is changed by looking."""
+    if isinstance(job, TrainJob):
+        path, start_epoch = beginning(job)
+        return read(path, start_epoch) if path else None
+    path = checkpoint.find(job.run.resume, job.run.output_dir)
+    if path is None:
+        raise UserError(f"--resume {job.run.resume} holds no checkpoint yet, so there is nothing to draw with")
+    return read(path)
+
+
+def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
+    """The file that training begins from, and the epoch that --start_epoch asks for.
+
+    A run that has written into output_dir goes on from there when the same command is given again, wherever --resume had it begin; and where
+    torchrun starts it again, --start_epoch has had its effect.
+    """
+    run, start_epoch = job.run, job.train.start_epoch
+    own = Path(run.output_dir) / checkpoint.LAST
+    if own.exists() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        return own, None
+    path = checkpoint.find(run.resume, run.output_dir) if run.resume else None
+    if not own.exists():
+        return path, start_epoch
+    if path is None:
+        raise UserError(f"{own} is there already; go on with it by --resume {run.output_dir}, or name another --output_dir")
+    if path.resolve().parent == own.resolve().parent:
+        return path, start_epoch
+    say(f"going on with {own}, which was begun from --resume {run.resume} or another; for a fresh start name another --output_dir")
+    return own, start_epoch
+
+
+# --- what must agree
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A field in which a run and its checkpoint must agree."""
+
+    field: str  # dotted, within the job
+    flag: str
+    when: Sequence[str] = ("training", "drawing")  # or "counting": in training that goes on counting its steps
+    kind: str = ""  # "text" or "class": for these models alone
+
+
+RULES = (
+    Rule("model.name", "model"),
+    Rule("model.img_size", "img_size"),
+    Rule("diffusion.noise_scale", "noise_scale"),
+    Rule("diffusion.P_mean", "P_mean", ("drawing",)),  # training may change these on its way
+    Rule("diffusion.P_std", "P_std", ("drawing",)),
+    Rule("diffusion.t_eps", "t_eps", ("drawing",)),
+    Rule("text.encoder.llm", "llm_model_name", kind="text"),
+    Rule("text.encoder.max_text_len", "max_text_len", kind="text"),
+    Rule("text.encoder.layer", "llm_layer", kind="text"),
+    Rule("text.norm", "text_norm", kind="text"),
+    Rule("model.class_num", "class_num", kind="class"),
+    Rule("run.seed", "seed", ("counting",)),  # it and the next decide which pictures a step trains on
+    Rule("data.held_out", "held_out", ("counting",), kind="text"),
+)
+
+
+def check(saved: Saved, job: Job) -> None:
+    """Raises: UserError where the checkpoint is of another network, noise or text than the run; of a run that draws, what is given counts alone."""
+    training = isinstance(job, TrainJob)
+    moments = {"training", "counting"} if training and saved.world and not saved.anew else {"training"} if training else {"drawing"}
+    name = job.model.name if training else job.given.get("model", look_up(saved.job, "model.name") or Model.name)
+    kind = "text" if parse_model_name(name)[2] else "class"
+    if kind == "text" and not saved.text:
+        raise UserError(f"--model {name} is a text model, but {saved.path} does not say how its text features were made; is it of a class model?")
+    for rule in RULES:
+        ours, found = look_up(to_plain(job), rule.field) if training else job.given.get(rule.flag), look_up(saved.job, rule.field)
+        if not moments & set(rule.when) or rule.kind not in ("", kind) or None in (ours, found) or ours == found:
+            continue
+        if rule.field == "text.encoder.llm" and (os.path.isdir(ours) or os.path.isdir(found)):
+            continue  # a folder may have another name now; its content is compared when it is opened
+        raise UserError(f"--{rule.flag} is {ours}, but {saved.path} was trained with {found}; give --{rule.flag} {found}")
+
+
+def look_up(plain: Mapping[str, Any], path: str) -> Any:
+    """plain["a"]["b"] of "a.b"; None where there is no such thing."""
+    value: Any = plain
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def put(plain: dict[str, Any], path: str, value: Any) -> None:
+    *sections, name = path.split(".")
+    for section in sections:
+        plain = plain.setdefault(section, {})
+    plain[name] = value
+
+
+def check_batch(saved: Saved, train: Train) -> None:
+    """Raises: UserError where a step of the checkpoint is another number of pictures than this run's."""
+    before, processes = saved.world, dist.world_size()
+    if not before:
+        return
+    batch = train.effective_batch(processes)
+    if before.effective_batch != batch and not saved.anew:
+        found = f"{train.batch_size} x {train.accum_iter} x {processes} = {batch}"
+        raise UserError(
+            f"{saved.path} was trained with an effective batch of {before.effective_batch}, and --batch_size x --accum_iter x processes is {found}; "
+            f"make it {before.effective_batch}, or say by --start_epoch that the steps are to be counted anew"
+        )
+    if before.processes != processes:
+        say(f"{saved.path} was trained by {before.processes} processes, this run has {processes}; the effective batch and the order of the data are the same")
+
+
+def check_data(saved: Saved, world: World, data_path: str) -> None:
+    """Says where the files have changed.  Raises: UserError where they have within an epoch: the rest of it would be other pictures."""
+    before = saved.world
+    if before and (before.data, before.steps_per_epoch) != (world.data, world.steps_per_epoch):
+        change = f"epochs of {before.steps_per_epoch} steps, and with other files in --data_path {data_path} they are {world.steps_per_epoch} now"
+        if saved.progress.epoch_step:
+            raise UserError(f"{saved.path} stands within one of its {change}; give the same data, or begin the epoch again by --start_epoch")
+        say(f"{saved.path} had {change}")
+
+
+# --- what a run that draws takes from its checkpoint
+
+INHERITED = (  # fields and whole sections that are the checkpoint's where their flags are not given; what runs code, or belongs to a machine, is not among them
+    "model", "diffusion", "data.path", "data.missing", "text.encoder.llm", "text.encoder.max_text_len", "text.encoder.layer", "text.norm", "text.cache",
+    "text.folder", "drawing.weights", "drawing.sampler", "run.seed", "run.precision",
+)  # fmt: skip
+
+
+def completed(job: DrawJob, saved: Saved) -> DrawJob:
+    """The job with the checkpoint's settings where the flags say none.  Raises: UserError where a flag that is given contradicts it."""
+    check(saved, job)
+    given, found = job.given, {section: to_plain(getattr(job, section)) for section in SECTIONS}
+    for section, cls in SECTIONS.items():
+        for name, config_field in settings(cls):
+            path, known = f"{section}.{name}", flag_of(config_field)
+            value = look_up(saved.job, path)
+            inherited = section == "averages" or any(f"{path}.".startswith(f"{place}.") for place in INHERITED)
+            if known and known.name in given:
+                value, inherited = given[known.name], section == "model"
+            if inherited and value is not None:
+                put(found, path, value)
+    low, high = found["drawing"]["sampler"]["cfg_interval"]
+    found["drawing"]["sampler"]["cfg_interval"] = (given.get("interval_min", low), given.get("interval_max", high))
+    if found["text"]["cache"] != "disk" and "text_cache_dir" not in given:
+        found["text"]["folder"] = None
+    if "output_dir" not in given:
+        found["run"]["output_dir"] = str(saved.path.parent)
+    configs = {section: from_plain(cls, found[section]) for section, cls in SECTIONS.items()}
+    check_kind(configs["model"], given)
+    job = replace(job, **configs | {"text": configs["text"] if configs["model"].is_text else None})
+    if isinstance(job, SweepJob):
+        drawing, sweep = job.drawing, job.sweep
+        scales, intervals = sweep.scales or (drawing.sampler.cfg_scale,), sweep.intervals or (drawing.sampler.cfg_interval,)
+        job = replace(job, sweep=replace(sweep, weights=sweep.weights or (drawing.weights,), scales=scales, intervals=intervals))
+    return job
+
+
+def open_for_drawing(job: J) -> tuple[J, Saved]:
+    """The completed job, and the checkpoint, to be restored and closed."""
+    saved = find(job)
+    return completed(job, saved), saved
+
+
+# --- restoring, and saving
+
+
+def restore_weights(saved: Saved, weights: Weights) -> None:
+    """The network and its averages.  Raises: UserError where they do not fit."""
+    expected = weights.net.state_dict()
+    names = [f"model_ema{i + 1}" for i in range(len(weights.emas))]
+    for name, values, target in [("model", saved.weights, weights.net), *zip(names, saved.averages, weights.emas)]:
+        if values is None:
+            raise UserError(f"{saved.path} has no {name}; wanted a checkpoint with model, model_ema1 and model_ema2")
+        target.load_state_dict(checkpoint.without_prefix(values, expected, f"{saved.path}, {name},"))
+    weights.step = saved.progress.step or 0
+
+
+def restore(saved: Saved, state: TrainState, steps_per_epoch: int) -> Progress:
+    """All that training changes.  Returns: where the run goes on; the checkpoint is closed."""
+    restore_weights(saved, state)
+    progress = saved.progress
+    if progress.step is None:
+        progress = replace(progress, step=progress.epoch * steps_per_epoch)
+    state.step = progress.step
+    by_name = checkpoint.load_optimizer_state(state.optimizer, state.net, saved.optimizer)
+    missing = "" if by_name else "; its optimizer state is not by name (a published file?), so AdamW starts afresh"
+    within = f", {progress.epoch_step} of its {steps_per_epoch} steps done" if progress.epoch_step else ""
+    say(f"resumed {saved.path}: next epoch {progress.epoch}{within}, step {state.step}, model, both EMAs{' and optimizer' if by_name else missing}")
+    saved.close()
+    return progress
+
+
+@dataclass
+class Saver:
+    """Writes checkpoints of a run: saver(due, position).  Rank 0 copies the state and goes on; the others do not wait."""
+
+    writer: checkpoint.Writer
+    state: TrainState
+    skips: Skips
+    world: World
+    job: TrainJob
+    text: Mapping[str, Any] | None
+
+    def __call__(self, due: Due, progress: Progress) -> None:
+        if not dist.is_main():
+            return
+        progress, folder = replace(progress, skips=self.skips.kept(), evaluation_due=due.evaluate), Path(self.job.run.output_dir)
+        numbered = folder / f"checkpoint-{progress.epoch - 1}.pth" if due.numbered else None
+        self.writer.write(content(self.state, progress, self.world, self.job, self.text), folder / checkpoint.LAST, numbered)

@@ -1,0 +1,196 @@
+"""Drawing: a painter of numbered pictures, prompts to files, a painter out of a checkpoint alone.
+
+The verbs: the solver *samples*, a painter *paints* a batch, *draws* many over all ranks as uint8, and *generates* files of prompts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import resume
+from conditioning import FeatureNorm, LabelConditions, expand_null, unchanged
+from config import Averages, Data, DiffusionConfig, Drawing, DrawJob, GenerateJob, Model, Run, SamplerConfig, TextSource, TrainJob
+from datasets.transforms import to_image, to_levels
+from denoiser import Net, sample
+from models_jit import JiT, build_model
+from resume import Weights
+from text_features import PinnedModel
+from util import distributed as dist
+from util.ema import averages_of
+from util.errors import UserError
+from util.logging import progress
+from util.parallel import in_precision, uses_bf16
+from util.randomness import derive, normal
+from util.sheet import captioned_sheet, save_sheet
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A network with all that drawing takes; picture i depends on seed, i and its condition alone."""
+
+    net: Net
+    null: Tensor  # (1, ...)
+    img_size: int
+    diffusion: DiffusionConfig
+    sampler: SamplerConfig
+    batch_size: int
+    device: torch.device
+    seed: int = 0
+
+    def paint(self, numbers: Sequence[int], y: Tensor) -> Tensor:
+        """Pictures of those numbers under conditions y, (B, 3, H, W), about [-1, 1]."""
+        noise = normal(self.seed, "sample", numbers, (3, self.img_size, self.img_size)).to(self.device)
+        y, null = y.to(self.device), self.null.to(self.device)
+        return sample(self.net, noise, y, expand_null(null, len(y)), self.diffusion, self.sampler)
+
+    def draw(self, y_of: Callable[[Sequence[int]], Tensor], count: int, what: str) -> Iterator[tuple[list[int], Tensor]]:
+        """This rank's share of pictures 0 .. count - 1: their numbers and (B, 3, H, W) uint8 on the CPU.
+
+        y_of: numbers -> conditions (B, ...).  A progress bar stands on rank 0.
+        """
+        mine = range(dist.rank(), count, dist.world_size())
+        with progress(len(mine), what, unit="picture") as bar:
+            for start in range(0, len(mine), self.batch_size):
+                numbers = list(mine[start : start + self.batch_size])
+                yield numbers, to_levels(self.paint(numbers, y_of(numbers)))
+                bar.update(len(numbers))
+
+
+def make_network(model: Model, text_width: int | None, seed: int, device: torch.device) -> JiT:
+    """With the initial weights that follow from the seed."""
+    torch.manual_seed(derive(seed, "initial weights", 0))
+    net = build_model(
+        model.name,
+        input_size=model.img_size,
+        attn_drop=model.attn_dropout,
+        proj_drop=model.proj_dropout,
+        num_classes=model.class_num,
+        text_dim=text_width,
+    )
+    return net.to(device)
+
+
+def make_painter(job: TrainJob | DrawJob, net: nn.Module, null: Tensor, device: torch.device) -> Painter:
+    call = in_precision(net, device, uses_bf16(job.run.precision, device))
+    return Painter(call, null, job.model.img_size, job.diffusion, job.drawing.sampler, job.drawing.batch_size, device, job.run.seed)
+
+
+def restored(job: DrawJob, saved: resume.Saved, text_width: int | None, device: torch.device) -> Weights:
+    """The weights of a checkpoint, in a network of their own; the checkpoint is closed."""
+    net = make_network(job.model, text_width, job.run.seed, device)
+    weights = Weights(net=net, emas=averages_of(net, job.averages))
+    resume.restore_weights(saved, weights)
+    saved.close()
+    return weights
+
+
+def as_prompts(model: Model, prompts: Sequence[str] | None, usual: Sequence[str]) -> list[str] | list[int]:
+    """What to draw: captions, or label numbers for a class model; `usual` prompts, or the first labels, where there are none.
+
+    Raises: UserError for what is no label.
+    """
+    if model.is_text:
+        return list(prompts or usual)
+    if not prompts:
+        return list(range(min(10, model.class_num)))
+    wrong = [prompt for prompt in map(str, prompts) if not (prompt.isdecimal() and int(prompt) < model.class_num)]
+    if wrong:
+        raise UserError(f"--prompt {wrong[0]}: {model.name} takes label numbers from 0 to {model.class_num - 1}; for text use a -Text model")
+    return [int(prompt) for prompt in prompts]
+
+
+def save_pictures(folder: Path, numbers: Sequence[int], pictures: Tensor, digits: int) -> None:
+    """(B, 3, H, W) uint8 to one PNG each, named by number."""
+    for i, picture in zip(numbers, pictures):
+        to_image(picture).save(folder / f"{i:0{digits}d}.png")
+
+
+def generate(painter: Painter, y: Tensor, prompts: Sequence, folder: Path) -> Path:
+    """Draw each prompt into folder/NNNN.png, and all of them on folder/sheet.png.  Collective.
+
+    Args: y: (prompts, ...), their conditions.  Returns: the sheet's path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for numbers, pictures in painter.draw(lambda numbers: y[numbers], len(prompts), "pictures"):
+        save_pictures(folder, numbers, pictures, digits=4)
+    dist.barrier()
+    if dist.is_main():
+        captions = [str(prompt) for prompt in prompts]
+        (folder / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+        shown = [Image.open(folder / f"{i:04d}.png") for i in range(min(len(prompts), 400))]
+        save_sheet(folder / "sheet.png", shown, captions[: len(shown)])
+    return folder / "sheet.png"
+
+
+def draw_sheet(painter: Painter, y: Tensor, prompts: Sequence) -> np.ndarray:
+    """The prompts' pictures as one captioned sheet, (H, W, 3) uint8.  Collective.  y: (prompts, ...)."""
+    drawn = list(painter.draw(lambda numbers: y[numbers], len(prompts), "test prompts"))
+    empty = torch.empty(0, 3, painter.img_size, painter.img_size, dtype=torch.uint8)
+    numbers = dist.gather_rows(torch.tensor([i for part, _ in drawn for i in part], dtype=torch.long))
+    pictures = dist.gather_rows(torch.cat([empty, *(part for _, part in drawn)]))[numbers.argsort()]
+    return np.asarray(captioned_sheet([to_image(p) for p in pictures], [str(prompt) for prompt in prompts], columns=5)[0])
+
+
+# --- from a checkpoint alone
+
+
+@dataclass
+class LoadedPainter:
+    """painter(prompts) -> pictures, out of a checkpoint; the language model is loaded at the first use."""
+
+    job: GenerateJob
+    weights: Weights
+    text: dict[str, Any]  # how the text features were made; nothing for a class model
+    device: torch.device
+    norm: Callable[[Tensor], Tensor] = field(init=False)
+
+    def __post_init__(self):
+        self.norm = FeatureNorm(self.text["mean"], self.text["std"]) if "mean" in self.text else unchanged
+
+    @cached_property
+    def encoder(self):
+        return PinnedModel(self.job.text.encoder, self.text, {}, self.device).load()
+
+    def condition(self, prompts: Sequence[str] | Sequence[int]) -> Tensor:
+        """y of prompts, as a text store would hold it: through float16."""
+        if not self.job.text:
+            return torch.tensor(as_prompts(self.job.model, prompts, ()))
+        return self.norm(self.encoder.encode_all(list(prompts))["features"].float())
+
+    @cached_property
+    def painter(self) -> Painter:
+        null = self.condition([""]) if self.job.text else LabelConditions(self.job.model.class_num).null
+        return make_painter(self.job, self.weights.net, null, self.device)
+
+    def __call__(self, prompts: Sequence[str] | Sequence[int], sampler: SamplerConfig | None = None, seed: int = 0, first: int = 0) -> Tensor:
+        """A picture of each prompt, (N, 3, H, W) uint8 on the CPU; picture i follows from the seed, `first` + i and its prompt.
+
+        Args: prompts: captions, or labels of a class model; sampler: None draws as the checkpoint says.
+        """
+        painter = replace(self.painter, seed=seed, sampler=sampler or self.job.drawing.sampler)
+        y, parts = self.condition(prompts), []
+        with self.weights.drawing(self.job.drawing.weights):
+            for start in range(0, len(y), painter.batch_size):
+                numbers = range(first + start, first + min(start + painter.batch_size, len(y)))
+                parts.append(to_levels(painter.paint(numbers, y[start : start + painter.batch_size])))
+        return torch.cat(parts) if parts else torch.empty(0, 3, painter.img_size, painter.img_size, dtype=torch.uint8)
+
+
+def load_painter(path: str | Path, weights: str = "1", device: str = "auto") -> LoadedPainter:
+    """A painter with all its settings out of a checkpoint: a file, or a folder with checkpoint-last.pth.
+
+    Args: weights: the average "1" or "2", or "raw"; device: "auto", "cuda" or "cpu".  Raises: UserError where it cannot be had.
+    """
+    given = {"resume": str(path), "eval_ema": (weights,), "device": device}
+    run = Run(resume=str(path), device=device)
+    asked = GenerateJob(Model(), DiffusionConfig(), Data(), TextSource(), Averages(), Drawing(weights=weights), run, given, prompts=(), prompts_file=None)
+    job, saved = resume.open_for_drawing(asked)
+    place, text = dist.init(device), {name: value.clone() if isinstance(value, Tensor) else value for name, value in saved.text.items()}
+    return LoadedPainter(job, restored(job, saved, text.get("width"), place), text, place)
