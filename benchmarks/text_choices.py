@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -68,7 +69,7 @@ def null_rms(root: Path, layer: str, saved: dict) -> float:
     from config import TextConfig
     from text_encoder import LanguageModel
 
-    encoder = LanguageModel(TextConfig(str(root / "llm"), layer=layer)).load("cpu")
+    encoder = LanguageModel(TextConfig(str(root / "llm"), layer=layer)).load(torch.device("cpu"))
     captions = encoder.encode(PROMPTS[:160])
     mean, std = saved.get("mean", 0), saved.get("std", 1)
     null, captions = ((features - mean) / std for features in (encoder.null, captions))

@@ -15,27 +15,31 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaModel
 
 import engine_jit as engine
 import text_features
+from conditioning import Conditioning, LabelConditions
+from config import Data, DiffusionConfig, SamplerConfig, TextConfig, TextSource, Train
 from datasets.imagenet import ClassFolder
-from datasets.stream import Collate, PackedStrings, StreamSampler
+from datasets.source import make_loader
+from datasets.stream import PackedStrings, StreamSampler
 from datasets.text_image import TextImageFolder
 from demo.tiny_llm import train_tokenizer
-from denoiser import DiffusionConfig, SamplerConfig, sample
+from denoiser import sample
+from evaluation.text_gap import TextGap, choose
 from models_jit import build_model
-from text_encoder import LanguageModel, TextConfig
+from text_encoder import LanguageModel
 from util import feature_store as disk
 from util.ema import Ema
+from util.parallel import in_precision
 
 SHAPES = {  # the llm-jp-3 family: width, layers, heads, width of the MLP
     "tiny": (64, 2, 2, 128),
@@ -114,25 +118,23 @@ def medians(actions: dict[str, Callable[[], None]], rounds: int, device: torch.d
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-class Training:
-    """One variant of the training step: its data, conditions and network."""
+class Variant:
+    """One variant of the training step: its data, conditions and network, with all that engine_jit.batch_loss asks of a Training."""
+
+    seed, config, diffusion = 0, Train(lr=1e-4), DiffusionConfig()
 
     def __init__(self, dataset, conditions, model: str, width: int | None, args: argparse.Namespace, device: torch.device):
         torch.manual_seed(0)
         self.net = build_model(model, input_size=args.img_size, num_classes=2, text_dim=width).to(device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
         self.emas = [Ema(self.net, 0.9999), Ema(self.net, 0.9996)]
-        self.config = engine.TrainConfig(lr=1e-4, epochs=1, steps_per_epoch=10**6, bf16=device.type == "cuda")
         sampler = StreamSampler(torch.arange(len(dataset)), args.batch_size, 10**6, 0, 1, seed=0)
-        collate = Collate(conditions if conditions.in_loader else None)
-        self.batches = iter(
-            DataLoader(dataset, args.batch_size, sampler=sampler, num_workers=args.num_workers, collate_fn=collate, pin_memory=device.type == "cuda")
-        )
+        self.batches = iter(make_loader(dataset, sampler, conditions, Data(workers=args.num_workers), device))
         self.conditions, self.null, self.device, self.n = conditions, conditions.null.to(device), device, 0
 
     def step(self) -> None:
-        net = engine.in_precision(self.net, self.device, self.config.bf16)
-        engine.batch_loss(net, next(self.batches), self.conditions, self.null, DiffusionConfig(), self.config, self.device).backward()
+        net = in_precision(self.net, self.device, self.device.type == "cuda")
+        engine.batch_loss(net, next(self.batches), self).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for ema in self.emas:
@@ -140,21 +142,23 @@ class Training:
         self.n += 1
 
 
-def conditioning(cache: str, llm: Path, dataset: TextImageFolder, out: Path, device: torch.device) -> text_features.Conditioning:
-    lines = np.arange(len(dataset.captions))
-    return text_features.prepare(TextConfig(str(llm), dtype="auto"), cache, out / "store", dataset.captions, lines, [], "standardize", {}, device)
+def prepare(captions: Sequence[str], llm: Path, cache: str, store: Path, device: torch.device, dtype: str = "auto") -> Conditioning:
+    """Standardized features of all captions."""
+    source = TextSource(TextConfig(str(llm), layer="last", dtype=dtype), cache, str(store) if cache == "disk" else None)
+    return text_features.prepare(source, text_features.Texts(captions, np.arange(len(captions))), {}, device)
 
 
 def bench_step(args: argparse.Namespace, llm: Path, device: torch.device) -> None:
     text, classes = TextImageFolder(args.out / "data", args.img_size), ClassFolder(args.out / "data", 2, args.img_size)
-    variants = {"class labels": Training(classes, engine.LabelConditions(2), args.model, None, args, device)}
+    variants = {"class labels": Variant(classes, LabelConditions(2), args.model, None, args, device)}
     for name, cache in (("store on disk", "disk"), ("features in memory", "memory"), ("LLM in the loop", "off")):
-        found = conditioning(cache, llm, text, args.out, device)
-        variants[name] = Training(text, found.conditions, f"{args.model}-Text", found.width, args, device)
+        found = prepare(text.captions, llm, cache, args.out / "store", device)
+        variants[name] = Variant(text, found.conditions, f"{args.model}-Text", found.width, args, device)
     actions = {name: variant.step for name, variant in variants.items()}
     stored = variants["store on disk"]
-    gap = engine.TextGap(text, range(len(text)), max(16, min(64, args.batch_size)), stored.conditions, DiffusionConfig(), 0, args.batch_size, device)
-    actions["(the text gap, once every --log_freq steps)"] = lambda: gap.measure(stored.net, stored.config.bf16)
+    chosen = choose(text, range(len(text)), max(16, min(64, args.batch_size)))
+    gap = TextGap(chosen, stored.conditions, DiffusionConfig(), 0, args.batch_size, device)
+    actions["(the text gap, once every --log_freq steps)"] = lambda: gap(stored.net, device.type == "cuda")
     seconds = medians(actions, args.rounds, device)
     print(f"\ntraining step, {args.model} at {args.img_size} pixels, batch {args.batch_size}, llm-jp-3-{args.llm} shape, {args.rounds} rounds in turn\n")
     print("| conditions | median ms | against class labels, round by round |\n|---|---|---|")
@@ -164,10 +168,8 @@ def bench_step(args: argparse.Namespace, llm: Path, device: torch.device) -> Non
 
 
 def bench_sampling(args: argparse.Namespace, llm: Path, device: torch.device) -> None:
-    encoder = LanguageModel(TextConfig(str(llm), dtype="bf16" if device.type == "cuda" else "fp32")).load(device)
-    net = engine.in_precision(
-        build_model(f"{args.model}-Text", input_size=args.img_size, text_dim=encoder.width).to(device).eval(), device, device.type == "cuda"
-    )
+    encoder = LanguageModel(TextConfig(str(llm), layer="last", dtype="bf16" if device.type == "cuda" else "fp32")).load(device)
+    net = in_precision(build_model(f"{args.model}-Text", input_size=args.img_size, text_dim=encoder.width).to(device).eval(), device, device.type == "cuda")
     prompts = [caption(i) for i in range(args.batch_size)]
     noise = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=device)
     sampler = SamplerConfig(steps=args.sampling_steps, cfg_scale=2.9)
@@ -199,7 +201,7 @@ def bench_encoding(args: argparse.Namespace, llm: Path, device: torch.device) ->
         f"\nencoding, llm-jp-3-{args.llm} shape, {args.captions} captions\n\n| type | captions/s | tokens/s | tokens a caption | bytes a caption |\n|---|---|---|---|---|"
     )
     for dtype in ("fp32", "bf16") if device.type == "cpu" else ("bf16",):
-        encoder = LanguageModel(TextConfig(str(llm), dtype=dtype)).load(device)
+        encoder = LanguageModel(TextConfig(str(llm), layer="last", dtype=dtype)).load(device)
         encoder.encode_all(captions[:64])
         synchronize(device)
         start = time.perf_counter()
@@ -278,10 +280,10 @@ def bench_million(args: argparse.Namespace, device: torch.device) -> None:
     captions = PackedStrings(caption(i) for i in range(count))
     print(f"\na store of {count} captions, {len(set(captions))} of them different, tiny LLM")
     start = time.perf_counter()
-    text_features.build_store(TextConfig(str(llm), dtype="fp32"), store, captions, [], torch.device("cpu"))
+    text_features.build_store(TextConfig(str(llm), layer="last", dtype="fp32"), store, captions, [], torch.device("cpu"))
     print(f"built in {time.perf_counter() - start:.0f} s ({status('self', 'VmHWM'):.0f} MB peak)")
     start = time.perf_counter()
-    found = text_features.prepare(TextConfig(str(llm), dtype="fp32"), "disk", store, captions, np.arange(count), [], "standardize", {}, torch.device("cpu"))
+    found = prepare(captions, llm, "disk", store, torch.device("cpu"), "fp32")
     print(f"complete store opened, its captions found, their mean and variance taken: {time.perf_counter() - start:.1f} s")
     del captions
     store = wide_store(args.out / "wide")

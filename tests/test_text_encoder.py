@@ -83,7 +83,7 @@ def test_a_tokenizer_that_pads_left_is_set_right(llm_folder):
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(llm_folder(), padding_side="left", truncation_side="left")
-    encoder = TextEncoder(AutoModel.from_pretrained(llm_folder()), tokenizer, TextConfig("left", 40))
+    encoder = TextEncoder(AutoModel.from_pretrained(llm_folder()), tokenizer, TextConfig("left", 40, "last"))
     torch.testing.assert_close(encoder.encode(CAPTIONS), load_encoder(llm_folder()).encode(CAPTIONS), rtol=1e-4, atol=1e-5)
 
 
@@ -225,6 +225,6 @@ def test_a_folder_is_known_by_its_content_and_a_hub_model_by_its_commit(llm_fold
     os.makedirs(os.path.join(repository, "refs"))
     with open(os.path.join(repository, "refs", "main"), "w") as file:
         file.write(commit)
-    hub = LanguageModel(TextConfig("llm-jp/tiny"))
+    hub = LanguageModel(TextConfig("llm-jp/tiny", layer="last"))
     assert hub.describe()["revision"] == commit and hub.describe()["llm"] == "llm-jp/tiny"
     assert torch.equal(hub.load(torch.device("cpu")).null, load_encoder(llm_folder(), max_text_len=77).null)
