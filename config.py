@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from util.errors import UserError
 
-SIZES = ("Nano", "Ti", "S", "B", "L", "H", "G")
+SIZES = ("Nano", "Ti", "S", "B", "L", "H", "G")  # models_jit.SIZES says what they are
+SOLVERS = ("heun", "euler")  # denoiser.SOLVERS has them
 LAYERS = ("last", "-2", "middle", "mean")
 NEIGHBOURHOOD = 3  # nearest neighbours that span the manifold in precision and recall
 C = TypeVar("C")

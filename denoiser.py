@@ -76,18 +76,29 @@ def guided(v_cond: VelocityFn, v_null: VelocityFn, scale: float, interval: tuple
     return v_fn
 
 
+def euler(v_fn: VelocityFn, z: Tensor, t: float, t_next: float) -> Tensor:
+    return z + (t_next - t) * v_fn(z, t)
+
+
+def heun(v_fn: VelocityFn, z: Tensor, t: float, t_next: float) -> Tensor:
+    """The mean of the velocities at both ends; an Euler step where t_next is 1, since v is not defined there."""
+    v = v_fn(z, t)
+    if t_next < 1:
+        v = (v + v_fn(z + (t_next - t) * v, t_next)) / 2
+    return z + (t_next - t) * v
+
+
+SOLVERS = {"heun": heun, "euler": euler}  # one step of each; --sampling_method names them
+
+
 def solve(v_fn: VelocityFn, z: Tensor, method: str, steps: int) -> Tensor:
     """Integrate dz/dt = v_fn(z, t) over `steps` uniform steps from t = 0 to 1.
 
-    "euler", or "heun" whose last step is an Euler step, since v is not defined at t = 1.
     The times are float32, so that guidance sets in at the same step as in the published sampler.
     """
     assert z.dtype == torch.float32, f"the solver's state must be float32, not {z.dtype}"
     for t, t_next in pairwise(torch.linspace(0, 1, steps + 1).tolist()):
-        v = v_fn(z, t)
-        if method == "heun" and t_next < 1:
-            v = (v + v_fn(z + (t_next - t) * v, t_next)) / 2
-        z = z + (t_next - t) * v
+        z = SOLVERS[method](v_fn, z, t, t_next)
     return z
 
 

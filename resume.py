@@ -298,9 +298,12 @@ def completed(job: DrawJob, saved: Saved) -> DrawJob:
         for name, config_field in settings(cls):
             path, known = f"{section}.{name}", flag_of(config_field)
             value = look_up(saved.job, path)
-            inherited = section == "averages" or any(f"{path}.".startswith(f"{place}.") for place in INHERITED)
-            if known and known.name in given:
-                value, inherited = given[known.name], section == "model"
+            if section == "averages":  # as they were made, whatever the flags say
+                inherited = True
+            elif known and known.name in given:
+                value, inherited = given[known.name], section == "model"  # which is not built of the flags alone
+            else:
+                inherited = any(f"{path}.".startswith(f"{place}.") for place in INHERITED)
             if inherited and value is not None:
                 put(found, path, value)
     low, high = found["drawing"]["sampler"]["cfg_interval"]

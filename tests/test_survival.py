@@ -680,3 +680,14 @@ def test_prompts_reach_no_path_outside_output_dir(text_data, llm_folder, tmp_pat
     run(*argv, "--generate", "--resume", str(tmp_path / "out"), *(part for prompt in prompts for part in (f"--prompt={prompt}",)))
     assert {path for path in tmp_path.rglob("*") if (tmp_path / "out") not in path.parents} == before
     assert sorted(path.name for path in (tmp_path / "out" / "samples").glob("0*.png")) == [f"{i:04d}.png" for i in range(6)]
+
+
+@pytest.mark.slow
+def test_an_error_that_ends_training_is_the_last_line_and_has_it_to_itself(text_data, llm_folder, tmp_path):
+    """The progress bar ends its line first."""
+    (text_data / "images" / "3.png").write_bytes(b"broken")
+    argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--epochs", 3, "--held_out", 0, "--bad_images", "error")
+    done = subprocess.run([sys.executable, "main_jit.py", *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    *_, bar, last, rest = done.stderr.split("\n")
+    assert done.returncode == 1 and rest == "" and "training: " in bar
+    assert last.startswith("error: broken picture ") and "3.png" in last and last.endswith("go on without such by --bad_images skip")

@@ -1,0 +1,73 @@
+"""A painter out of a checkpoint alone, as in the README's notebook."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_training import flags, run
+
+from config import SamplerConfig
+from sampling import load_painter
+from text_encoder import LanguageModel
+from util.errors import UserError
+
+PROMPTS = ["赤い三", "夕焼けの海辺を走る柴犬", "富士山と桜"]
+
+
+@pytest.fixture
+def trained(text_data, llm_folder, tmp_path):
+    run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 8, "--epochs", 12, "--lr", "1e-2", "--cfg", "2", "--interval_min", "0.1"))
+    return tmp_path / "out"
+
+
+def test_a_painter_draws_what_generate_draws(trained, monkeypatch):
+    loads, load = [], LanguageModel.load
+    monkeypatch.setattr(LanguageModel, "load", lambda *rest: loads.append(1) or load(*rest))
+    painter = load_painter(trained, device="cpu")
+    assert not loads  # the language model is loaded at the first use
+    pictures = painter(PROMPTS)
+    painter(PROMPTS[:1])
+    assert len(loads) == 1 and pictures.shape == (3, 3, 16, 16) and pictures.dtype == torch.uint8
+    run("--generate", "--resume", str(trained), "--device", "cpu", *(part for prompt in PROMPTS for part in ("--prompt", prompt)))
+    drawn = [np.asarray(Image.open(trained / "samples" / f"{i:04d}.png")).transpose(2, 0, 1) for i in range(3)]
+    assert np.abs(pictures.numpy().astype(int) - np.stack(drawn)).max() <= 1 and pictures.float().std() > 10
+
+    again = painter(PROMPTS[1:], first=1)  # numbers, not places, decide
+    assert (again.int() - pictures[1:].int()).abs().max() <= 1
+    assert (painter(PROMPTS, seed=1).int() - pictures.int()).abs().max() > 20
+    assert (painter(PROMPTS, SamplerConfig("euler", 1)).int() - pictures.int()).abs().max() > 1
+    assert (load_painter(trained, weights="raw", device="cpu")(PROMPTS).int() - pictures.int()).abs().max() > 0
+    assert painter([]).shape == (0, 3, 16, 16)
+
+
+def test_a_painter_of_classes_takes_labels(class_data, tmp_path):
+    common = ["--model", "JiT-Nano/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--batch_size", "4"]
+    run(*common, "--data_path", str(class_data), "--output_dir", str(tmp_path), "--epochs", "1", "--num_sampling_steps", "2")
+    painter = load_painter(tmp_path / "checkpoint-last.pth", device="cpu")
+    assert painter([0, 2]).shape == (2, 3, 16, 16)
+    with pytest.raises(UserError, match="label numbers from 0 to 2"):
+        painter([3])
+
+
+def test_a_checkpoint_or_a_setting_that_is_none_is_one_line(trained, tmp_path):
+    for attempt, message in [
+        (lambda: load_painter(tmp_path / "nothing"), "no such file or folder"),
+        (lambda: load_painter(trained, weights="3"), "--eval_ema 3: wanted one of 1, 2, raw"),
+        (lambda: SamplerConfig(steps=0), "--num_sampling_steps 0 must be at least 1"),
+        (lambda: SamplerConfig("rk4"), "--sampling_method rk4: wanted one of heun, euler"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            attempt()
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_ja.md"])
+def test_the_readmes_notebook_runs(name, trained, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
+    assert len(code.strip().splitlines()) <= 10 and '"output/b16"' in code
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(code.replace('"output/b16"', repr(str(trained))), found)
+    assert found["pictures"].shape == (2, 3, 16, 16) and found["more"].shape == (1, 3, 16, 16) and (tmp_path / "shiba.png").is_file()
