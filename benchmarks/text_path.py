@@ -70,11 +70,11 @@ def caption(i: int) -> str:
 
 
 def make_llm(folder: Path, shape: str, device: torch.device) -> Path:
-    """A folder with a Llama of that shape, random weights, and a tokenizer of about two characters a token."""
+    """A folder with a Llama of that shape, random weights, and a tokenizer of about 1.5 characters a token."""
     if (folder / "config.json").exists():
         return folder
     width, layers, heads, mlp = SHAPES[shape]
-    tokenizer = train_tokenizer((caption(i * 7919) for i in range(20000)), vocab_size=2000, longest=3)
+    tokenizer = train_tokenizer((caption(i * 7919) for i in range(20000)), vocab_size=280, longest=2)
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads)
     torch.manual_seed(0)
     with torch.device(device):

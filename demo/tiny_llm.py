@@ -5,13 +5,14 @@ byte fallback, llm-jp-3's special tokens under its ids, and a BOS put before eve
 """
 
 import argparse
-import json
+import math
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
@@ -20,17 +21,39 @@ from datasets.text_image import TextImageFolder
 SPECIAL = ["<unk>", "<s>", "</s>", "<MASK|LLM-jp>", "<PAD|LLM-jp>", "<CLS|LLM-jp>", "<SEP|LLM-jp>", "<EOD|LLM-jp>"]
 
 
+def repeated_strings(texts: list[str], longest: int) -> dict[str, int]:
+    """All characters, and the longest strings that occur twice: those that each text, read from left to right, can be cut into.
+
+    Returns: how often each occurs in `texts`; none is longer than `longest` characters.
+    """
+    found = Counter("".join(texts))
+    taken = set(found)
+    for n in range(2, longest + 1):
+        longer = Counter(text[i : i + n] for text in texts for i in range(len(text) - n + 1) if text[i : i + n - 1] in found)
+        found.update({piece: count for piece, count in longer.items() if count > 1})
+    for text in texts:
+        while text:
+            piece = next(text[:n] for n in range(longest, 0, -1) if text[:n] in found)
+            taken.add(piece)
+            text = text[len(piece) :]
+    return {piece: found[piece] for piece in taken}
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000, longest: int = 16) -> PreTrainedTokenizerFast:
-    """Unigram with byte fallback, pieces of up to `longest` characters: no text, whatever its characters, meets <unk>."""
-    trained = Tokenizer(models.Unigram())
-    trained.normalizer = normalizers.NFKC()
-    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, unk_token="<unk>", max_piece_length=longest, show_progress=False)
-    trained.train_from_iterator(texts, trainer)
-    pieces = [tuple(piece) for piece in json.loads(trained.to_str())["model"]["vocab"]]
-    lowest = min(score for _, score in pieces) - 1
-    byte_pieces = [(f"<0x{byte:02X}>", lowest) for byte in range(256)]
-    tokenizer = Tokenizer(models.Unigram([*pieces[: len(SPECIAL)], *byte_pieces, *pieces[len(SPECIAL) :]], unk_id=0, byte_fallback=True))
-    tokenizer.normalizer = normalizers.NFKC()
+    """Unigram of up to `vocab_size` tokens and 256 bytes, pieces of up to `longest` characters: no text meets <unk>.
+
+    The set of texts decides all of it: UnigramTrainer walks hash maps, and its ids and scores are others in every process.
+    """
+    normalizer = normalizers.NFKC()
+    texts = sorted({normalizer.normalize_str(text) for text in texts})
+    counts = repeated_strings(texts, longest)
+    chosen = sorted(counts, key=lambda piece: (len(piece) > 1, -counts[piece], piece))[: vocab_size - len(SPECIAL)]
+    total = sum(map(len, texts))
+    scores = {piece: math.log(counts[piece] / total) for piece in chosen}
+    lowest = min(scores.values()) - 1
+    vocabulary = dict.fromkeys(SPECIAL, 0.0) | {f"<0x{byte:02X}>": lowest for byte in range(256)} | scores
+    tokenizer = Tokenizer(models.Unigram([*vocabulary.items()], unk_id=0, byte_fallback=True))
+    tokenizer.normalizer = normalizer
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<PAD|LLM-jp>")

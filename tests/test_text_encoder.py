@@ -4,13 +4,16 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 import unicodedata
 
 import pytest
 import torch
-from conftest import CAPTIONS, byte_tokenizer, load_encoder
+from conftest import CAPTIONS, ROOT, byte_tokenizer, load_encoder
 
 from config import LAYERS, TextConfig
+from demo.tiny_llm import SPECIAL, train_tokenizer
 from text_encoder import LanguageModel, TextEncoder, normalize
 from util.errors import UserError
 
@@ -94,6 +97,24 @@ def test_kanji_reach_the_tokenizer_unharmed(llm_folder):
         read = encoder.tokenizer.decode(ids[0], skip_special_tokens=True)
         assert read == unicodedata.normalize("NFKC", caption)
         assert [c for c in read if "一" <= c <= "鿿"] == [c for c in unicodedata.normalize("NFKC", caption) if "一" <= c <= "鿿"]
+
+
+def test_the_tokenizer_made_here_is_the_same_in_every_process_and_keeps_to_its_sizes():
+    code = f"from demo.tiny_llm import train_tokenizer; print(train_tokenizer({CAPTIONS * 2}, 100, 2).backend_tokenizer.to_str())"
+    env = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    one, other = (subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=env | {"PYTHONHASHSEED": seed}, encoding="utf-8") for seed in "12")
+    assert one == other == train_tokenizer(CAPTIONS[::-1], 100, 2).backend_tokenizer.to_str() + "\n"
+
+    for texts, vocab_size, longest in ((CAPTIONS, 100, 2), (CAPTIONS, 30, 16), (["赤い三<s><0x41>", "赤い五<s><0x41>"], 40, 2)):
+        tokenizer = train_tokenizer(texts, vocab_size, longest)
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        pieces = [piece for piece, _ in model["vocab"]]
+        assert model["type"] == "Unigram" and model["byte_fallback"]
+        assert pieces[:8] == SPECIAL and pieces[8:264] == [f"<0x{byte:02X}>" for byte in range(256)]
+        assert len(set(pieces)) == len(pieces) <= vocab_size + 256 and max(map(len, pieces[264:])) <= longest
+        for text in (*CAPTIONS, "鯨と鱈"):
+            ids = tokenizer(text)["input_ids"]
+            assert ids[0] == 1 and 0 not in ids
 
 
 def test_long_captions_are_cut_at_max_len(llm_folder):
