@@ -26,9 +26,10 @@ def test_velocity_is_bounded_near_data():
 def test_loss_is_the_weighted_x_loss():
     x, eps, x_pred = torch.randn(3, 5, 3, 8, 8)
     t = torch.tensor([0.1, 0.5, 0.9, 0.97, 1.0])
-    loss = denoising_loss(lambda z, t, y: x_pred, x, eps, t, None, DiffusionConfig())
-    weight = 1 / (1 - t).clamp_min(0.05) ** 2
-    torch.testing.assert_close(loss, (weight * (x - x_pred).square().mean((1, 2, 3))).mean(), rtol=1e-4, atol=1e-4)
+    for t_eps in (0.05, 0.2):
+        loss = denoising_loss(lambda z, t, y: x_pred, x, eps, t, None, DiffusionConfig(t_eps=t_eps))
+        weight = 1 / (1 - t).clamp_min(t_eps) ** 2
+        torch.testing.assert_close(loss, (weight * (x - x_pred).square().mean((1, 2, 3))).mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_loss_of_a_network_that_knows_is_zero():
@@ -37,8 +38,8 @@ def test_loss_of_a_network_that_knows_is_zero():
 
 
 def test_times_are_logit_normal():
-    t = sample_time(torch.linspace(-3, 3, 7), DiffusionConfig())
-    torch.testing.assert_close(t, torch.tensor([1 / (1 + math.exp(0.8 - 0.8 * n)) for n in range(-3, 4)]))
+    t = sample_time(torch.linspace(-3, 3, 7), DiffusionConfig(P_mean=-0.4, P_std=1.2))
+    torch.testing.assert_close(t, torch.tensor([1 / (1 + math.exp(0.4 - 1.2 * n)) for n in range(-3, 4)]))
 
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
@@ -82,9 +83,36 @@ def test_guidance_extrapolates_inside_its_interval_only():
     v_cond, v_null = (lambda z, t: z + 1), (lambda z, t: z)
     v = guided(v_cond, v_null, 3.0, (0.1, 0.9))
     z = torch.zeros(1)
-    assert [v(z, t).item() for t in (0, 0.1, 5 / 50, 0.11, 0.89, 0.9, 45 / 50, 1)] == [1, 1, 1, 3, 3, 1, 1, 1]
+    assert [v(z, t).item() for t in (0, 0.1, 0.11, 0.89, 0.9, 1)] == [1, 1, 3, 3, 1, 1]
     assert guided(v_cond, v_null, 3.0, (0.0, 1.0))(z, 0.0).item() == 3  # from 0 on if the interval starts at 0
     assert guided(v_cond, None, 1.0, (0.0, 1.0))(z, 0.5).item() == 1  # scale 1 never asks the null branch
+
+
+@pytest.mark.parametrize("low, high", [(0.1, 1.0), (0.1, 0.9), (0.0, 0.5), (0.3, 0.7)])
+@pytest.mark.parametrize("steps", [10, 20, 25, 30, 40, 50])
+def test_guidance_acts_at_the_times_of_the_published_sampler(steps, low, high):
+    """Both bounds are excluded in float32, where 0.1 is a time of 10, 20 and 40 steps; of 50 the time is below 0.1, of 30 above."""
+    asked = set()
+
+    def net(z, t, y):
+        if y[0] == 0:
+            asked.add(t[0].item())
+        return torch.zeros_like(z)
+
+    sample(net, torch.ones(1, 3, 2, 2), torch.ones(1), torch.zeros(1), DiffusionConfig(), SamplerConfig("heun", steps, 3.0, (low, high)))
+    t = torch.linspace(0, 1, steps + 1)[:-1]
+    assert asked == set(t[(t < high) & ((low == 0) | (t > low))].tolist())
+
+
+def test_a_sample_follows_both_conditions_and_the_bound_on_1_minus_t():
+    noise, x, x_null = torch.randn(3, 1, 3, 2, 2)
+    y = torch.ones(1, requires_grad=True)
+    net = lambda z, t, y: x_null + y.view(-1, 1, 1, 1) * (x - x_null)  # noqa: E731
+    out = sample(net, noise, y, torch.zeros(1), DiffusionConfig(t_eps=0.8), SamplerConfig("euler", 2, 3.0))
+    aim = x_null + 3 * (x - x_null)
+    middle = noise + (aim - noise) / 2
+    torch.testing.assert_close(out, middle + (aim - middle) / 2 / 0.8)
+    assert not out.requires_grad
 
 
 def test_noise_scale_is_the_spread_of_the_start():

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from conftest import wake
 
-from config import parse_model_name
-from models_jit import Block, JiT_models, build_model, sincos_table
+from config import SIZES as NAMES
+from config import SOLVERS, parse_model_name
+from denoiser import SOLVERS as STEPS
+from models_jit import SIZES, Block, JiT, JiT_models, RMSNorm, SwiGLU, build_model, sincos_table
 
 COUNTS = {  # millions of trained parameters, 1000 classes or an LLM 3072 wide
     "JiT-B/16": 131.12, "JiT-B/32": 133.19, "JiT-L/16": 458.88, "JiT-L/32": 461.53, "JiT-H/16": 952.51, "JiT-H/32": 956.06,
@@ -40,6 +42,11 @@ def test_twelve_models_and_any_patch_size():
             parse_model_name(wrong)
     with pytest.raises(ValueError, match="text_dim"):
         build_model("JiT-Nano/4-Text", input_size=16)
+
+
+def test_depth_heads_and_context_of_the_papers_sizes():
+    found = {size: (depth, heads, start, count) for size, (_, depth, heads, _, start, count) in SIZES.items() if size in "BLHG"}
+    assert found == {"B": (12, 12, 4, 32), "L": (24, 16, 8, 32), "H": (32, 16, 10, 32), "G": (40, 16, 10, 32)}
 
 
 def test_state_dict_has_the_published_names_and_shapes():
@@ -158,10 +165,25 @@ def test_forward_equals_the_written_out_network(text):
         torch.testing.assert_close(net(z, t, y), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_acts_in_the_middle_half_only():
-    net = nano(attn_drop=0.1, proj_drop=0.2)
+@pytest.mark.parametrize("depth, first, end", [(5, 1, 3), (6, 1, 3), (7, 1, 3), (12, 3, 9), (24, 6, 18), (32, 8, 24), (40, 10, 30)])
+def test_dropout_acts_in_the_middle_half_only(depth, first, end):
+    net = JiT(16, 4, hidden_size=32, depth=depth, num_heads=2, attn_drop=0.1, proj_drop=0.2, num_classes=10)
     found = [(block.attn.attn_drop.p, block.attn.proj_drop.p, block.mlp.drop.p) for block in net.blocks]
-    assert found == [(0, 0, 0)] + [(0.1, 0.2, 0.2)] * 2 + [(0, 0, 0)] * 3  # 6 // 4 = 1 up to 3
+    assert found == [(0.1, 0.2, 0.2) if first <= i < end else (0, 0, 0) for i in range(depth)]
+
+
+def test_swiglu_drops_what_enters_its_last_layer():
+    mlp, x = SwiGLU(16, drop=0.5), torch.randn(2, 5, 16)
+    torch.manual_seed(0)
+    out = mlp(x)
+    torch.manual_seed(0)
+    gate, value = mlp.w12(x).chunk(2, -1)
+    assert torch.equal(out, mlp.w3(F.dropout(F.silu(gate) * value, 0.5)))
+
+
+def test_norm_of_bf16_is_taken_in_float32_and_rounded_once():
+    norm, x = wake(RMSNorm(64)), torch.randn(8, 64).bfloat16()
+    assert norm(x).dtype == torch.bfloat16 and torch.equal(norm(x), norm(x.float()).bfloat16())
 
 
 def test_context_tokens_are_not_rotated():
@@ -173,3 +195,7 @@ def test_context_tokens_are_not_rotated():
     torch.testing.assert_close(turned, block(x, c, rope))  # the order of context tokens is nothing to a block
     swapped = block(x[:, [0, 1, 2, 3, 5, 4, *range(6, 20)]], c, rope)[:, [0, 1, 2, 3, 5, 4, *range(6, 20)]]
     assert (swapped - block(x, c, rope)).abs().max() > 1e-4  # that of patches is
+
+
+def test_the_names_that_flags_know_are_those_of_the_code():
+    assert tuple(SIZES) == NAMES and tuple(STEPS) == SOLVERS
