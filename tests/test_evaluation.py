@@ -167,9 +167,9 @@ def test_pictures_and_figures_do_not_depend_on_batch_size_or_ranks(tiny_extracto
     assert set(wanted) == {"fid", "is", "clip_score", "r_precision"} and whole.std() > 0.1
     for size in (1, 7):
         torch.testing.assert_close(found := pictures(size), whole[: len(found)], rtol=0, atol=1e-4)
-        assert figures(size) == pytest.approx(wanted, rel=1e-3)
+        assert figures(size) == pytest.approx(wanted, rel=1e-3, abs=1e-3)  # a random CLIP's score is about 0 of 100
     in_ranks(2, lambda: (tmp_path / "two.json").write_text(json.dumps(figures(7))))
-    assert json.loads((tmp_path / "two.json").read_text()) == pytest.approx(wanted, rel=1e-3)
+    assert json.loads((tmp_path / "two.json").read_text()) == pytest.approx(wanted, rel=1e-3, abs=1e-3)
 
 
 def test_start_noise_follows_from_seed_and_number_alone(monkeypatch):
