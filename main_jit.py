@@ -52,7 +52,7 @@ def train_epochs(job: TrainJob, run: TrainingRun) -> None:
     if progress.epoch >= epochs:
         say(f"nothing to train: {progress.epoch} of --epochs {epochs} epochs are done")
     try:
-        if job.evaluation and progress.evaluation_due and progress.epoch and not run.online.made(training.state.step):
+        if run.online and progress.evaluation_due and progress.epoch and not run.online.made(training.state.step):
             evaluate_online(run, job)
         for epoch in range(progress.epoch, epochs):
             first = progress.epoch_step if epoch == progress.epoch else 0

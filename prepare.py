@@ -124,7 +124,7 @@ class TrainingRun:
     """A run that may begin, or go on."""
 
     training: engine.Training
-    online: OnlineEvaluation
+    online: OnlineEvaluation | None  # None without --online_eval
     progress: Progress
     writer: checkpoint.Writer
 
@@ -141,7 +141,8 @@ def prepare_training(job: TrainJob, saved: Saved | None, stop: Stop) -> Training
     planned = plan(request, job.data, dataset, output_dir) if request else None
     subjects = {job.evaluation.num_images: planned.subjects(model, job.evaluation.num_images)} if planned else {}
     prompts = sampling.as_prompts(model, None, engine.test_prompts)
-    conditions = condition(job, training_texts(dataset, planned, subjects, prompts), saved, device)
+    texts = training_texts(dataset, planned, subjects, prompts) if model.is_text else Texts((), np.arange(0), prompts=prompts)
+    conditions = condition(job, texts, saved, device)
     forget_captions(dataset, conditions)
     measures = planned.measures(seed) if planned else []
     studio = fresh_studio(job, conditions, device)
@@ -158,9 +159,10 @@ def prepare_training(job: TrainJob, saved: Saved | None, stop: Stop) -> Training
     for line in first_lines(job, sizes, device, uses_bf16(job.run.precision, device)):
         say(line)
 
-    evaluator = studio.evaluator(job, measures, subjects, None) if measures else None
-    count = job.evaluation.num_images if job.evaluation else 0
-    online = OnlineEvaluation(evaluator, studio.painter, prompts, conditions.prompts, job.drawing.weights, count, output_dir)
+    online = None
+    if job.evaluation:
+        evaluator = studio.evaluator(job, measures, subjects, None) if measures else None
+        online = OnlineEvaluation(evaluator, studio.painter, prompts, conditions.prompts, job.drawing.weights, job.evaluation.num_images, output_dir)
     writer = checkpoint.Writer(job.save.keep_last)
     training = make_training(job, studio, Shares(dataset, pictures, held_out, world, progress), writer, stop)
     return TrainingRun(training, online, progress, writer)
@@ -168,8 +170,6 @@ def prepare_training(job: TrainJob, saved: Saved | None, stop: Stop) -> Training
 
 def training_texts(dataset: PictureDataset, planned: Plan | None, subjects: Mapping[int, Subjects], prompts: Sequence) -> Texts:
     """All captions of the data, which the statistics are taken of, and those that evaluations draw besides."""
-    if not hasattr(dataset, "captions"):
-        return Texts((), np.arange(0), prompts=prompts)
     own, asked = len(dataset.captions), lines_of(subjects)
     return Texts(planned.captions if planned else dataset.captions, np.arange(own), asked[asked >= own], prompts)
 
