@@ -48,11 +48,11 @@ def language_model(llm: str | None, data: Path, out: Path, steps: int) -> str:
     return str(out)
 
 
-def draw(processes: int, common: list[str], run: Path, prompts: list[str]) -> list[Image.Image]:
-    """The prompts' pictures by --generate, in order."""
+def draw(processes: int, device: str, run: Path, prompts: list[str]) -> list[Image.Image]:
+    """The prompts' pictures by --generate, in order; the checkpoint says the rest."""
     listing = run / "prompts.txt"
     listing.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    torchrun(processes, *common, "--resume", str(run), "--generate", "--prompts_file", str(listing))
+    torchrun(processes, "--generate", "--resume", str(run), "--prompts_file", str(listing), "--device", device)
     return [Image.open(run / "samples" / f"{i:04d}.png").convert("RGB") for i in range(len(prompts))]
 
 
@@ -82,10 +82,9 @@ def digits(out: Path, llm: str | None, epochs: int) -> None:
     step("1,797 real handwritten digits in eight colours, with Japanese captions")
     call("-m", "datasets.demo", "digits", "--out", str(data), "--size", str(size))
     name = language_model(llm, data, out / "llm", steps=300)
-    common = ["--model", "JiT-Nano/8-Text", "--img_size", str(size), "--llm_model_name", name, "--device", "cpu"]
-    common += ["--output_dir", str(run), "--cfg", "2.5", "--num_sampling_steps", "20"]
-    training = [*common, "--data_path", str(data), "--batch_size", str(64 // PROCESSES), "--lr", "1e-3", "--warmup_epochs", "0.25"]
-    training += ["--num_workers", "1", "--log_freq", "40", "--save_last_freq", "1", "--resume", str(run)]
+    training = ["--model", "JiT-Nano/8-Text", "--img_size", str(size), "--llm_model_name", name, "--device", "cpu", "--num_workers", "1"]
+    training += ["--data_path", str(data), "--output_dir", str(run), "--resume", str(run), "--batch_size", str(64 // PROCESSES), "--lr", "1e-3"]
+    training += ["--warmup_epochs", "0.25", "--log_freq", "40", "--save_last_freq", "1", "--cfg", "2.5", "--num_sampling_steps", "20"]
     step(f"training, epochs 1 to {epochs // 2}")
     torchrun(PROCESSES, *training, "--epochs", str(epochs // 2))
     step(f"training goes on where it stopped, to epoch {epochs}, its learning rate falling to 0")
@@ -97,14 +96,14 @@ def digits(out: Path, llm: str | None, epochs: int) -> None:
     seen = [(colour, digit) for digit in range(10) for colour in COLOURS if (colour, digit) not in HELD_OUT]
     pairs = [HELD_OUT[i % len(HELD_OUT)] for i in range(200)] + [seen[i % len(seen)] for i in range(200)]
     prompts = [digit_captions(*pair)[i // len(HELD_OUT) % 6] for i, pair in enumerate(pairs)]
-    pictures = draw(PROCESSES, common, run, prompts)
+    pictures = draw(PROCESSES, "cpu", run, prompts)
 
     step("the same by a CLIP, here a small one trained on the spot: are the captions' pictures those of their captions?")
-    call("-m", "demo.tiny_clip", "--out", str(out / "clip"), "--size", str(size), "--steps", "240")
+    call("-m", "demo.tiny_clip", "--out", str(out / "clip"), "--size", str(size), "--steps", "400")
     asked = out / "captions.txt"
     asked.write_text("".join(f"{digit_captions(colour, digit)[0]}\n" for colour in COLOURS for digit in range(10)), encoding="utf-8")
-    evaluation = ["--resume", str(run), "--data_path", str(data), "--evaluate_gen", "--num_images", "240", "--eval_captions", str(asked)]
-    torchrun(PROCESSES, *common, *evaluation, "--clip_model", str(out / "clip"), "--inception_weights", "none")
+    evaluation = ["--evaluate_gen", "--resume", str(run), "--num_images", "240", "--eval_captions", str(asked), "--device", "cpu", "--num_workers", "1"]
+    torchrun(PROCESSES, *evaluation, "--clip_model", str(out / "clip"), "--inception_weights", "none")
 
     step("the judge")
     judge = DigitJudge(size)
@@ -128,9 +127,9 @@ def emoji(out: Path, llm: str | None, epochs: int | None) -> None:
     step("emoji with their Japanese names")
     call("-m", "datasets.demo", "emoji" if gpu else "emoji64", "--out", str(data), "--size", str(size))
     name = language_model(llm, data, out / "llm", steps=300)
-    common = ["--model", "JiT-S/8-Text" if gpu else "JiT-Nano/8-Text", "--img_size", str(size), "--llm_model_name", name]
-    common += ["--output_dir", str(run), "--cfg", "2.0", "--interval_min", "0.1", "--num_sampling_steps", "25"]
-    training = [*common, "--data_path", str(data), "--batch_size", str((256 if gpu else 64) // processes), "--lr", "5e-4" if gpu else "1e-3"]
+    training = ["--model", "JiT-S/8-Text" if gpu else "JiT-Nano/8-Text", "--img_size", str(size), "--llm_model_name", name, "--data_path", str(data)]
+    training += ["--output_dir", str(run), "--cfg", "2.0", "--interval_min", "0.1", "--num_sampling_steps", "25"]
+    training += ["--batch_size", str((256 if gpu else 64) // processes), "--lr", "5e-4" if gpu else "1e-3"]
     total = epochs or (3000 if gpu else 5000)
     training += ["--warmup_epochs", str(total // 50), "--lr_schedule", "cosine", "--epochs", str(total), "--save_last_freq", str(total // 10)]
     training += ["--num_workers", "1" if not gpu else "8", "--log_freq", "20", "--resume", str(run)]
@@ -141,7 +140,7 @@ def emoji(out: Path, llm: str | None, epochs: int | None) -> None:
     stems = sorted(path.stem for path in (data / "images").iterdir())
     names = [(data / "captions" / f"{stem}.txt").read_text(encoding="utf-8").strip() for stem in stems]
     repeats = 1 if gpu else 4
-    pictures = draw(processes, common, run, names * repeats)
+    pictures = draw(processes, "auto", run, names * repeats)
     real = [Image.open(data / "images" / f"{stem}.png").convert("RGB") for stem in stems]
     share = nearest_share(pictures, real, [*range(len(stems))] * repeats)
     sheet = out / "sheet.png"
