@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 import text_features
 from config import CacheJob
-from datasets.text_image import TextImageFolder
+from datasets.source import open_data
 from engine_jit import test_prompts
 from util import distributed as dist
 from util.files import read_lines
@@ -25,7 +25,7 @@ def build(job: CacheJob) -> None:
     """Raises: UserError where it cannot be built."""
     asked = read_lines(job.prompts_file, "--prompts_file") if job.prompts_file else job.prompts
     device = dist.init(job.run.device)
-    dataset = TextImageFolder(job.data.path, missing=job.data.missing)
+    dataset = open_data(job.data, job.model, job.run.seed)
     folder = text_features.store_folder(job.text, job.data.path, job.run.output_dir)
     text_features.build_store(job.text.encoder, folder, dataset.captions, list(asked or test_prompts), device)
 

@@ -17,6 +17,7 @@ from util.errors import UserError
 SIZES = ("Nano", "Ti", "S", "B", "L", "H", "G")  # models_jit.SIZES says what they are
 SOLVERS = ("heun", "euler")  # denoiser.SOLVERS has them
 LAYERS = ("last", "-2", "middle", "mean")
+SEVERAL = "--sweep needs several settings to choose from; try --eval_ema 1,2,raw --cfg 1.0:4.0:0.1 --interval 0-1,0.1-1"
 NEIGHBOURHOOD = 3  # nearest neighbours that span the manifold in precision and recall
 C = TypeVar("C")
 
@@ -44,7 +45,7 @@ class Flag:
     ja: str
     bounds: Bounds | None = None
     choices: tuple[str, ...] = ()
-    several: str = ""  # "numbers", "weights" or "intervals": how a list is written, for --sweep
+    several: str = ""  # how a list is written: "numbers", "weights" or "intervals" for --sweep, "prompts" by giving the flag again
     off: str = ""  # the flag that turns it off
     shown: str = ""  # the default in words, where None stands for something
 
@@ -68,7 +69,7 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """What concerns several fields."""
+        """Checks what concerns several fields."""
 
 
 def require(ok: bool, message: str) -> None:
@@ -77,12 +78,14 @@ def require(ok: bool, message: str) -> None:
 
 
 def check_value(known: Flag, value: Any) -> None:
+    """Raises: UserError for a value out of bounds, or that is none of the choices."""
     if value is None or isinstance(value, bool):
         return
     for one in value if isinstance(value, tuple) else (value,):
         if isinstance(one, float):
             require(math.isfinite(one), f"--{known.name} {one} must be a finite number")
-        require(not known.bounds or known.bounds.hold(one), f"--{known.name} {one} must {known.bounds and known.bounds.must}")
+        if known.bounds:
+            require(known.bounds.hold(one), f"--{known.name} {one} must {known.bounds.must}")
         require(not known.choices or one in known.choices, f"--{known.name} {one}: wanted one of {', '.join(known.choices)}")
 
 
@@ -122,7 +125,7 @@ class Model(Config):
         "アテンションの後と MLP 内の dropout（中央半分のブロックのみ、論文の H では 0.2）",
         bounds=BELOW_1,
     )
-    class_num: int = flag(1000, "class_num", "classes of a class model", "クラスモデルのクラス数", bounds=AT_LEAST_1)
+    class_num: int = flag(1000, "class_num", "classes of a class model", "クラス条件モデルのクラス数", bounds=AT_LEAST_1)
 
     @property
     def is_text(self) -> bool:
@@ -154,9 +157,7 @@ class DiffusionConfig(Config):
 
 @dataclass(frozen=True)
 class SamplerConfig(Config):
-    method: str = flag(
-        "heun", "sampling_method", "solver; the last step is Euler's either way", "ソルバー。最後のステップは常に Euler です", choices=("heun", "euler")
-    )
+    method: str = flag("heun", "sampling_method", "solver; the last step is Euler's either way", "ソルバー。最後のステップは常に Euler です", choices=SOLVERS)
     steps: int = flag(50, "num_sampling_steps", "steps of the solver from noise to picture", "ノイズから画像までのソルバーのステップ数", bounds=AT_LEAST_1)
     cfg_scale: float = flag(
         1.0,
@@ -184,7 +185,11 @@ class TextConfig(Config):
         "凍結した言語モデル。Hugging Face Hub の名前かフォルダ",
     )
     max_text_len: int = flag(
-        77, "max_text_len", "tokens of a caption that are read; the rest is cut off", "キャプションの読み込むトークン数。残りは切り捨てます", bounds=AT_LEAST_1
+        77,
+        "max_text_len",
+        "tokens of a caption that are read; the rest is cut off",
+        "キャプションから読み込むトークン数。残りは切り捨てます",
+        bounds=AT_LEAST_1,
     )
     layer: str = flag(
         "mean",
@@ -260,7 +265,7 @@ class Data(Config):
         "skip",
         "bad_images",
         "broken pictures; skipped ones are listed in output_dir/bad_images.txt, over 1 % is an error",
-        "壊れた画像の扱い。skip したものは output_dir/bad_images.txt に記録され、1 % を超えるとエラーになります",
+        "壊れた画像の扱い。飛ばした画像は output_dir/bad_images.txt に記録され、1 % を超えるとエラーになります",
         choices=("error", "skip"),
     )
     hflip: bool | None = flag(
@@ -503,7 +508,7 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class DrawJob:
-    """What all runs have in common that draw with a checkpoint; what `given` does not hold is the checkpoint's to say (resume.completed)."""
+    """What all runs that draw with a checkpoint have in common. resume.completed takes from the checkpoint what `given` does not say."""
 
     model: Model
     diffusion: DiffusionConfig
@@ -539,6 +544,7 @@ Job = TrainJob | GenerateJob | EvaluateJob | SweepJob
 class CacheJob:
     """cache_text.py: the store that a training command would build."""
 
+    model: Model
     data: Data
     text: TextSource
     run: Run
@@ -572,6 +578,7 @@ def check_kind(model: Model, given: Mapping[str, Any]) -> None:
     usual = defaults()
     for name in ("class_num",) if model.is_text else TEXT_FLAGS:
         require(given.get(name, usual[name]) == usual[name], f"--{name} has no effect on the {'text' if model.is_text else 'class'} model {model.name}")
+    require(model.is_text or not given.get("use_text_conditioning"), f"--use_text_conditioning needs a text model; try --model {model.name}-Text")
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -587,32 +594,35 @@ def from_plain(cls: type[C], values: Mapping[str, Any]) -> C:
     hints, found = typing.get_type_hints(cls), {}
     for config_field in fields(cls):
         if config_field.name in values:
-            found[config_field.name] = _as(hints[config_field.name], values[config_field.name], config_field.name)
+            found[config_field.name] = as_type(hints[config_field.name], values[config_field.name], config_field.name)
     return cls(**found)
 
 
-def _as(hint: Any, value: Any, name: str) -> Any:
+def as_type(hint: Any, value: Any, name: str) -> Any:
+    """The value as a field of that type holds it.  Raises: UserError where it is of another."""
     if is_dataclass(hint) and isinstance(value, Mapping):
         return from_plain(hint, value)
     if isinstance(hint, types.UnionType):
         inner, *_ = (kind for kind in typing.get_args(hint) if kind is not type(None))
-        return None if value is None else _as(inner, value, name)
+        return None if value is None else as_type(inner, value, name)
     if typing.get_origin(hint) is tuple:
-        require(isinstance(value, tuple | list), f"{name} {value!r}: wanted a list")
-        kinds = typing.get_args(hint)
-        return tuple(_as(kinds[0] if kinds[-1] is ... else kind, one, name) for kind, one in zip(kinds * len(value) if kinds[-1] is ... else kinds, value))
+        kinds, wanted = typing.get_args(hint), f"{name} {value!r}: wanted {hint}"
+        require(isinstance(value, tuple | list), wanted)
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+        require(len(kinds) == len(value), wanted)
+        return tuple(as_type(kind, one, name) for kind, one in zip(kinds, value))
     if hint is float and type(value) is int:
         return float(value)
     require(type(value) is hint, f"{name} {value!r}: wanted {getattr(hint, '__name__', hint)}")
     return value
 
 
-def settings(cls: type, path: str = "") -> Iterator[tuple[str, Field]]:
-    """The fields of a config and of those within it by dotted path: 'encoder.llm'."""
+def settings(cls: type, path: str = "") -> Iterator[tuple[str, Field, Any]]:
+    """The fields of a config and of those within it: dotted path ('encoder.llm'), field, type."""
     hints = typing.get_type_hints(cls)
     for config_field in fields(cls):
         hint = hints[config_field.name]
         if is_dataclass(hint):
             yield from settings(hint, f"{path}{config_field.name}.")
         else:
-            yield path + config_field.name, config_field
+            yield path + config_field.name, config_field, hint

@@ -51,7 +51,8 @@ class Training:
     conditions: Conditions
     null: Tensor  # theirs, on the device
     diffusion: DiffusionConfig
-    config: Train  # its lr is the peak
+    config: Train
+    peak_lr: float
     schedule: Schedule
     report: Report
     skips: Skips
@@ -99,7 +100,7 @@ def take_step(state: TrainState, grad_clip: float | None, skips: Skips) -> Tenso
 
 def set_lr(training: Training, epoch: float) -> float:
     config = training.config
-    lr = lr_at(epoch, config.lr, config.warmup_epochs, config.epochs, config.lr_schedule, config.min_lr)
+    lr = lr_at(epoch, training.peak_lr, config.warmup_epochs, config.epochs, config.lr_schedule, config.min_lr)
     for group in training.state.optimizer.param_groups:
         group["lr"] = lr
     return lr

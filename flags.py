@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from config import (
     NEIGHBOURHOOD,
+    SEVERAL,
     Averages,
     CacheJob,
     Config,
@@ -45,12 +46,14 @@ from config import (
 )
 from util.errors import leave
 
+DESCRIPTION = """Train, sample and evaluate JiT on captions or class labels. With --generate, --evaluate_gen and --sweep the settings of model, noise, text,
+data and drawing come from the checkpoint where they are not given."""
 DRAWING_MODES = ("generate", "evaluate_gen", "sweep")
 EVALUATION_FLAGS = tuple(flag_of(f).name for f in fields(Eval) if flag_of(f) and f.name != "num_images")  # no effect where nothing is evaluated
 
 
 @dataclass(frozen=True)
-class TextWords(Config):
+class TextFlags(Config):
     use_text_conditioning: bool = flag(
         False,
         "use_text_conditioning",
@@ -67,7 +70,7 @@ class TextWords(Config):
 
 
 @dataclass(frozen=True)
-class DrawingWords(Config):
+class DrawingFlags(Config):
     interval_min: float = flag(
         SamplerConfig.cfg_interval[0],
         "interval_min",
@@ -102,7 +105,7 @@ class DrawingWords(Config):
         None,
         "prompt",
         "a prompt for --generate, may be given several times; a class model takes label numbers",
-        "--generate で描くプロンプト。何度でも指定できます。クラスモデルではラベル番号です",
+        "--generate で描くプロンプト。何度でも指定できます。クラス条件モデルではラベル番号です",
         shown="engine_jit.test_prompts",
         several="prompts",
     )
@@ -112,7 +115,7 @@ class DrawingWords(Config):
 
 
 @dataclass(frozen=True)
-class CacheWords(Config):
+class CacheFlags(Config):
     text_pooling: str = flag(
         "mean",
         "text_pooling",
@@ -131,10 +134,10 @@ class Group:
 
 GROUPS = (
     Group("model", "モデル", (Model,)),
-    Group("text", "テキスト", (TextWords, TextConfig, TextSource)),
+    Group("text", "テキスト", (TextFlags, TextConfig, TextSource)),
     Group("data", "データ", (Data,)),
     Group("training", "学習", (Train, Averages, DiffusionConfig)),
-    Group("sampling and evaluation", "描画と評価", (SamplerConfig, DrawingWords, Drawing, Eval, Sweep)),
+    Group("sampling and evaluation", "描画と評価", (SamplerConfig, DrawingFlags, Drawing, Eval, Sweep)),
     Group("run", "実行", (Run, Save)),
 )
 
@@ -222,7 +225,7 @@ def help_of(known: Flag, default: Any) -> str:
     return f"{known.help.replace('`', '')} (default: {shown})" if shown else known.help.replace("`", "")
 
 
-def get_parser(groups: Sequence[Group] = GROUPS, description: str = "Train, sample and evaluate JiT on captions or class labels.") -> Parser:
+def get_parser(groups: Sequence[Group] = GROUPS, description: str = DESCRIPTION) -> Parser:
     parser = Parser(description)
     for group in groups:
         place = parser.add_argument_group(group.title)
@@ -259,10 +262,10 @@ def job_of(given: Mapping[str, Any]) -> Job:
             for known, _, _ in flags_in(config):
                 check_value(known, given.get(known.name))
     mode = mode_of(given)
-    model = build(Model, given)
+    model = Model()
     if mode == "train" or "model" in given:  # else the checkpoint says what it is
+        model = build(Model, given)
         check_kind(model, given)
-        require(model.is_text or not given.get("use_text_conditioning"), f"--use_text_conditioning needs a text model; try --model {model.name}-Text")
     require(
         given.get("freeze_llm", True), "--no-freeze_llm: the LLM is always frozen, since its features are computed once for the whole run; leave the flag out"
     )
@@ -300,16 +303,15 @@ def mode_of(given: Mapping[str, Any]) -> str:
 
 def check_lists(given: Mapping[str, Any], mode: str) -> None:
     """Several values are for --sweep, and a sweep needs some."""
-    scales, ranges = given.get("cfg", (SamplerConfig.cfg_scale,)), given.get("interval")
+    ranges = given.get("interval")
     several = [f"--{name}" for name in ("cfg", "eval_ema") if len(given.get(name, ())) > 1]
     if mode != "sweep":
         require(not several, f"{' and '.join(several)} with several values needs --sweep")
         require(ranges is None, "--interval is for --sweep; otherwise give --interval_min and --interval_max")
         require(given.get("sweep_images", Sweep.images) == Sweep.images, "--sweep_images is for --sweep")
         return
-    wanted = "try --eval_ema 1,2,raw --cfg 1.0:4.0:0.1 --interval 0-1,0.1-1"
-    guided = set(scales) != {1}  # without guidance all intervals are one
-    require(bool(several) or (guided and len(ranges or ()) > 1), f"--sweep needs several settings to choose from; {wanted}")
+    guided = "cfg" not in given or set(given["cfg"]) != {1}  # without guidance all intervals are one; the checkpoint may have some
+    require(bool(several) or (guided and len(ranges or ()) > 1), SEVERAL)
     whole = all(given.get(name, default) == default for name, default in zip(("interval_min", "interval_max"), SamplerConfig.cfg_interval))
     require(ranges is None or whole, "--interval, and --interval_min and --interval_max: give one of them")
     for low, high in ranges or ():
@@ -337,14 +339,14 @@ def sweep_of(given: Mapping[str, Any]) -> Sweep:
 
 def parse_cache(argv: Sequence[str] | None = None) -> CacheJob:
     """cache_text.py: a training command, or just its data and text flags."""
-    groups = (*GROUPS, Group("store", "ストア", (CacheWords,)))
+    groups = (*GROUPS, Group("store", "ストア", (CacheFlags,)))
     given = get_parser(groups, "Encode a data set's captions ahead of time: a training command with cache_text.py in place of main_jit.py.").read(argv)
     given.setdefault("model", "JiT-B/16-Text")
     job = job_of(given)
     require(job.model.is_text, f"--model {job.model.name} is a class model and has no captions; try --model {job.model.name}-Text")
     require(job.text.cache == "disk", f"--text_cache {job.text.cache} keeps no store that could be made ahead of time; leave it out")
-    text = replace(job.text, encoder=replace(job.text.encoder, pooling=build(CacheWords, given).text_pooling))
-    return CacheJob(job.data, text, job.run, tuple(given.get("prompt", ())), given.get("prompts_file"))
+    text = replace(job.text, encoder=replace(job.text.encoder, pooling=build(CacheFlags, given).text_pooling))
+    return CacheJob(job.model, job.data, text, job.run, tuple(given.get("prompt", ())), given.get("prompts_file"))
 
 
 def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:
@@ -368,26 +370,22 @@ def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:
 # --- docs/flags.md
 
 
-TABLE = {
+HEADINGS = {
     "en": (
         "# Flags",
         "[日本語](ja/flags.md)",
+        "Defaults are those of training. With `--generate`, `--evaluate_gen` and `--sweep` the settings of model, noise, text, data and drawing come from the "
+        "checkpoint where they are not given.",
         "Written by `python flags.py` from the fields of `config.py` and `flags.py`.",
-        "flag",
-        "default",
-        "values",
-        "meaning",
     ),
     "ja": (
         "# フラグ",
         "[English](../flags.md)",
+        "既定値は学習時のものです。`--generate`、`--evaluate_gen`、`--sweep` では、指定しなかったモデル、ノイズ、テキスト、データ、描画の設定はチェックポイントの値になります。",
         "`config.py` と `flags.py` のフィールドから `python flags.py` で生成しています。",
-        "フラグ",
-        "既定値",
-        "値",
-        "意味",
     ),
 }
+COLUMNS = {"en": ("flag", "default", "values", "meaning"), "ja": ("フラグ", "既定値", "値", "意味")}
 SHOWN_JA = {
     "on": "有効",
     "all": "すべて",
@@ -406,11 +404,10 @@ SHOWN_JA = {
 
 def markdown(language: str) -> str:
     """The page of all flags, "en" or "ja"."""
-    heading, other, source, *columns = TABLE[language]
-    lines = [heading, "", other, "", source]
+    lines = "\n\n".join(HEADINGS[language]).split("\n")
     for group in GROUPS:
         title = group.title[0].upper() + group.title[1:] if language == "en" else group.ja
-        lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|---|---|---|---|"]
+        lines += ["", f"## {title}", "", f"| {' | '.join(COLUMNS[language])} |", "|---|---|---|---|"]
         for config in group.configs:
             for known, default, _ in flags_in(config):
                 shown = shown_default(known, default[0] if known.several == "numbers" and isinstance(default, tuple) else default)

@@ -23,7 +23,7 @@ from config import EvaluateJob, GenerateJob, Job, SweepJob, TrainJob
 from evaluation.evaluator import call_out_initial
 from evaluation.records import describe
 from evaluation.sweep import run_sweep
-from prepare import TrainingRun, prepare_evaluation, prepare_generation, prepare_training
+from prepare import TrainingRun, begin, prepare_evaluation, prepare_generation, prepare_training
 from util import distributed as dist
 from util.files import Lock, read_lines, writable_folder
 from util.logging import Board, close_bars, say
@@ -39,8 +39,8 @@ def train(job: TrainJob) -> None:
     stop = Stop()
     try:
         with stop.at_once(lambda: leave_early(stop)):
-            run = prepare_training(job, saved, stop)
-        train_epochs(job, run)
+            prepared = prepare_training(job, saved)
+        train_epochs(job, begin(job, prepared, stop))
     finally:
         stop.close()
         del lock  # until here
@@ -52,9 +52,11 @@ def train_epochs(job: TrainJob, run: TrainingRun) -> None:
     if progress.epoch >= epochs:
         say(f"nothing to train: {progress.epoch} of --epochs {epochs} epochs are done")
     try:
-        if run.online and progress.evaluation_due and progress.epoch and not run.online.made(training.state.step):
-            evaluate_online(run, job)
-        for epoch in range(progress.epoch, epochs):
+        owed = run.online and progress.evaluation_due and progress.epoch and not run.online.made(training.state.step)
+        stopped = bool(owed) and not evaluate_online(run, job)
+        if stopped:
+            finish(run, job)
+        for epoch in range(progress.epoch, 0 if stopped else epochs):
             first = progress.epoch_step if epoch == progress.epoch else 0
             training.loader.sampler.begin(epoch, first * job.train.accum_iter)
             with engine.loader_deaths():
@@ -111,7 +113,7 @@ def generate(job: GenerateJob) -> None:
     """Draw prompts into output_dir/samples/."""
     asked = read_lines(job.prompts_file, "--prompts_file") if job.prompts_file else job.prompts
     job, saved = resume.open_for_drawing(job)
-    prompts, path, which = sampling.as_prompts(job.model, asked, engine.test_prompts), saved.path, job.drawing.weights
+    prompts, path, which = sampling.as_prompts(job.model, asked or None, engine.test_prompts), saved.path, job.drawing.weights
     studio = prepare_generation(job, saved, prompts)
     weights, painter = studio.weights, studio.painter
     say(f"drawing {len(prompts)} prompts with {path} [{describe(which, weights.step, painter.sampler, painter.seed)}]")

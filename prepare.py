@@ -1,7 +1,7 @@
 """From a job to the objects that do it, the cheap and the fallible first: what is wrong is told before anything takes time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -119,53 +119,62 @@ def forget_captions(dataset: PictureDataset | None, conditions: Conditioning) ->
 # --- training
 
 
-@dataclass
-class TrainingRun:
-    """A run that may begin, or go on."""
+@dataclass(frozen=True)
+class Shares:
+    """Which pictures are trained on, which are held out, and what decides their order."""
 
-    training: engine.Training
+    dataset: PictureDataset
+    pictures: Tensor  # indices
+    held_out: Tensor  # indices
+    world: World
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs before its steps begin."""
+
+    shares: Shares
+    state: TrainState
+    studio: Studio
     online: OnlineEvaluation | None  # None without --online_eval
     progress: Progress
-    writer: checkpoint.Writer
 
 
-def prepare_training(job: TrainJob, saved: Saved | None, stop: Stop) -> TrainingRun:
+def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     """Data, features, network, then what the checkpoint has of them.  Collective."""
-    device, model, seed = dist.init(job.run.device), job.model, job.run.seed
+    device, model, evaluation = dist.init(job.run.device), job.model, job.evaluation
     if saved:
         resume.check_batch(saved, job.train)
     output_dir = writable_folder(job.run.output_dir, "--output_dir")
-    request = find_requested(job.evaluation, model, [job.evaluation.num_images], device) if job.evaluation else None
-    dataset = open_data(job.data, model, seed)
+    request = find_requested(evaluation, model, [evaluation.num_images], device) if evaluation else None
+    dataset = open_data(job.data, model, job.run.seed)
     agree_on_data(dataset, saved)
+    shares = share_out(job, dataset)
+    if saved:
+        resume.check_data(saved, shares.world, job.data.path)
     planned = plan(request, job.data, dataset, output_dir) if request else None
-    subjects = {job.evaluation.num_images: planned.subjects(model, job.evaluation.num_images)} if planned else {}
+    subjects = {evaluation.num_images: planned.subjects(model, evaluation.num_images)} if planned else {}
     prompts = sampling.as_prompts(model, None, engine.test_prompts)
     texts = training_texts(dataset, planned, subjects, prompts) if model.is_text else Texts((), np.arange(0), prompts=prompts)
     conditions = condition(job, texts, saved, device)
     forget_captions(dataset, conditions)
-    measures = planned.measures(seed) if planned else []
-    studio = fresh_studio(job, conditions, device)
+    measures = planned.measures(job.run.seed) if planned else []
 
-    pictures, held_out = hold_out(len(dataset), job.data.held_out if model.is_text else 0, seed)
-    batch = job.train.effective_batch(dist.world_size())
-    world = World(dist.world_size(), batch, max(1, len(pictures) // batch), dataset.fingerprint(job.data.path))
-    progress = Progress(epoch=job.train.start_epoch or 0)
-    if saved:
-        resume.check_data(saved, world, job.data.path)
-        progress = resume.restore(saved, studio.weights, world.steps_per_epoch)
-    trained = sum(p.numel() for p in studio.weights.net.parameters() if p.requires_grad)
-    sizes = Sizes(trained, conditions.frozen, len(pictures), len(held_out), world.steps_per_epoch, workers(job.data))
-    for line in first_lines(job, sizes, device, uses_bf16(job.run.precision, device)):
-        say(line)
-
+    state = fresh_state(job, conditions.width, device)
+    studio = Studio(state, sampling.make_painter(job, state.net, conditions.conditions.null, device), conditions)
+    progress = resume.restore(saved, state, shares.world.steps_per_epoch) if saved else Progress(epoch=job.train.start_epoch or 0)
     online = None
-    if job.evaluation:
+    if evaluation:
         evaluator = studio.evaluator(job, measures, subjects, None) if measures else None
-        online = OnlineEvaluation(evaluator, studio.painter, prompts, conditions.prompts, job.drawing.weights, job.evaluation.num_images, output_dir)
-    writer = checkpoint.Writer(job.save.keep_last)
-    training = make_training(job, studio, Shares(dataset, pictures, held_out, world, progress), writer, stop)
-    return TrainingRun(training, online, progress, writer)
+        online = OnlineEvaluation(evaluator, studio.painter, prompts, conditions.prompts, job.drawing.weights, evaluation.num_images, output_dir)
+    return Prepared(shares, state, studio, online, progress)
+
+
+def share_out(job: TrainJob, dataset: PictureDataset) -> Shares:
+    processes = dist.world_size()
+    pictures, held_out = hold_out(len(dataset), job.data.held_out if job.model.is_text else 0, job.run.seed)
+    batch = job.train.effective_batch(processes)
+    return Shares(dataset, pictures, held_out, World(processes, batch, max(1, len(pictures) // batch), dataset.fingerprint(job.data.path)))
 
 
 def training_texts(dataset: PictureDataset, planned: Plan | None, subjects: Mapping[int, Subjects], prompts: Sequence) -> Texts:
@@ -174,55 +183,58 @@ def training_texts(dataset: PictureDataset, planned: Plan | None, subjects: Mapp
     return Texts(planned.captions if planned else dataset.captions, np.arange(own), asked[asked >= own], prompts)
 
 
-def fresh_studio(job: TrainJob, conditions: Conditioning, device: torch.device) -> Studio:
+def fresh_state(job: TrainJob, text_width: int | None, device: torch.device) -> TrainState:
     """With initial weights."""
-    net = sampling.make_network(job.model, conditions.width, job.run.seed, device)
-    optimizer = engine.make_optimizer(net, job.train.weight_decay, device)
-    state = TrainState(net=net, optimizer=optimizer, emas=averages_of(net, job.averages))
-    return Studio(state, sampling.make_painter(job, net, conditions.conditions.null, device), conditions)
+    net = sampling.make_network(job.model, text_width, job.run.seed, device)
+    return TrainState(net=net, optimizer=engine.make_optimizer(net, job.train.weight_decay, device), emas=averages_of(net, job.averages))
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Which pictures are trained on, and from where."""
+class TrainingRun:
+    """A run that takes its steps."""
 
-    dataset: PictureDataset
-    pictures: Tensor  # their indices
-    held_out: Tensor
-    world: World
-    progress: Progress
+    training: engine.Training
+    online: OnlineEvaluation | None
+    progress: Progress  # where it began, or goes on
+    writer: checkpoint.Writer
 
 
-def make_training(job: TrainJob, studio: Studio, shares: Shares, writer: checkpoint.Writer, stop: Stop) -> engine.Training:
-    """Collective."""
-    train, seed, device, dataset = job.train, job.run.seed, studio.painter.device, shares.dataset
-    state, conditions, world, position = studio.weights, studio.conditions.conditions, shares.world, shares.progress
-    steps, folder = world.steps_per_epoch, Path(job.run.output_dir)
-    sampler = StreamSampler(shares.pictures, train.batch_size, steps * train.accum_iter, dist.rank(), dist.world_size(), seed)
-    skips, board = Skips(device, position.skips), Board(folder, state.step)
+def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
+    """Says what the run is.  Collective."""
+    shares, state, conditions, position = prepared.shares, prepared.state, prepared.studio.conditions, prepared.progress
+    device, world, folder = prepared.studio.painter.device, shares.world, Path(job.run.output_dir)
+    steps, bf16, train = world.steps_per_epoch, uses_bf16(job.run.precision, device), job.train
+    trained = sum(p.numel() for p in state.net.parameters() if p.requires_grad)
+    for line in first_lines(job, Sizes(trained, conditions.frozen, len(shares.pictures), len(shares.held_out), steps, workers(job.data)), device, bf16):
+        say(line)
+    sampler = StreamSampler(shares.pictures, train.batch_size, steps * train.accum_iter, dist.rank(), world.processes, job.run.seed)
+    skips, board, writer = Skips(device, position.skips), Board(folder, state.step), checkpoint.Writer(job.save.keep_last)
     bar = progress(train.epochs * steps, "training", initial=position.epoch * steps + position.epoch_step)
-    return engine.Training(
+    training = engine.Training(
         state=state,
-        parallel=Parallel(state.net, device, uses_bf16(job.run.precision, device)),
-        loader=make_loader(dataset, sampler, conditions, job.data, device),
-        conditions=conditions,
-        null=to_device(conditions.null, device),
+        parallel=Parallel(state.net, device, bf16),
+        loader=make_loader(shares.dataset, sampler, conditions.conditions, job.data, device),
+        conditions=conditions.conditions,
+        null=to_device(conditions.conditions.null, device),
         diffusion=job.diffusion,
-        config=replace(train, lr=train.peak_lr(dist.world_size())),
+        config=train,
+        peak_lr=train.peak_lr(world.processes),
         schedule=Schedule(job.save, train.epochs, steps, train.log_freq, job.evaluation is not None),
         report=Report(bar, board, world.effective_batch, skips),
         skips=skips,
-        broken=Broken(folder, len(dataset), job.data.broken),
+        broken=Broken(folder, len(shares.dataset), job.data.broken),
         stop=stop,
-        save=resume.Saver(writer, state, skips, world, job, studio.conditions.description),
-        gap=text_gap(job, studio, dataset, shares.held_out if len(shares.held_out) else shares.pictures) if job.text else None,
-        seed=seed,
+        save=resume.Saver(writer, state, skips, world, job, conditions.description),
+        gap=text_gap(job, prepared) if job.text else None,
+        seed=job.run.seed,
         device=device,
     )
+    return TrainingRun(training, prepared.online, position, writer)
 
 
-def text_gap(job: TrainJob, studio: Studio, dataset: PictureDataset, pictures: Tensor) -> TextGap:
-    """On as many pictures as a step takes, between 16 and 64: measuring costs about a step."""
-    batch, device = job.train.batch_size, studio.painter.device
-    size = min(64, max(16, batch * dist.world_size()))
-    return TextGap(choose(dataset, pictures[:size].tolist(), size), studio.conditions.conditions, job.diffusion, job.run.seed, batch, device)
+def text_gap(job: TrainJob, prepared: Prepared) -> TextGap:
+    """On as many held-out pictures as a step takes, between 16 and 64: measuring costs about a step."""
+    shares, studio, batch = prepared.shares, prepared.studio, job.train.batch_size
+    pictures, size = shares.held_out if len(shares.held_out) else shares.pictures, min(64, max(16, batch * dist.world_size()))
+    chosen = choose(shares.dataset, pictures[:size].tolist(), size)
+    return TextGap(chosen, studio.conditions.conditions, job.diffusion, job.run.seed, batch, studio.painter.device)

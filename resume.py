@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from config import (
+    SEVERAL,
     Averages,
     Config,
     Data,
@@ -20,10 +21,12 @@ from config import (
     Job,
     Model,
     Run,
+    Sweep,
     SweepJob,
     TextSource,
     Train,
     TrainJob,
+    as_type,
     check_kind,
     flag_of,
     from_plain,
@@ -117,23 +120,44 @@ def read(path: Path, start_epoch: int | None = None) -> Saved:
     """A checkpoint of ours, of any version, or a published one.  Raises: UserError for a file that is neither."""
     state = checkpoint.load(path)
     try:
-        epoch, skips = state.get("epoch", -1) + 1, state.get("skips")
-        progress = Progress(epoch, state.get("epoch_step", 0), state.get("step"), None if skips is None else skips.clone(), state.get("evaluation_due", False))
-        world = World(**state["world"]) if "world" in state else None
+        progress, world = progress_of(state), from_plain(World, state["world"]) if "world" in state else None
         job = plain_job(state)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"--resume {path}: no checkpoint of a JiT ({type(error).__name__}: {one_line(error)})") from error
+        for section, cls in SECTIONS.items():
+            if job.get(section) is not None:
+                from_plain(cls, job[section])  # whether it can be: the flags may complete it
+        averages, text = [state.get(f"model_ema{i}") for i in (1, 2)], state.get("text", {})
+        if not all(part is None or isinstance(part, Mapping) for part in (*averages, text)):
+            raise TypeError("averages and text must be dictionaries")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # UserError is a ValueError
+        raise UserError(f"--resume {path}: no checkpoint of a JiT ({one_line(error)})") from error
     if start_epoch is not None:
         progress = replace(progress, epoch=start_epoch, epoch_step=0)
-    averages = [state.get(f"model_ema{i}") for i in (1, 2)]
-    return Saved(path, state["model"], averages, state.get("optimizer", {}), progress, world, job, state.get("text", {}), start_epoch is not None)
+    return Saved(path, state["model"], averages, state.get("optimizer", {}), progress, world, job, text or {}, start_epoch is not None)
+
+
+def progress_of(state: Mapping[str, Any]) -> Progress:
+    """The position that a file says.  Raises: UserError, TypeError where it says none."""
+    skips = state.get("skips")
+    if skips is not None and (not isinstance(skips, Tensor) or skips.shape != (2,)):
+        raise TypeError("skips must be two numbers")
+    progress = Progress(
+        epoch=as_type(int, state.get("epoch", -1), "epoch") + 1,
+        epoch_step=as_type(int, state.get("epoch_step", 0), "epoch_step"),
+        step=as_type(int | None, state.get("step"), "step"),
+        skips=None if skips is None else skips.clone(),
+        evaluation_due=as_type(bool, state.get("evaluation_due", False), "evaluation_due"),
+    )
+    if min(progress.epoch, progress.epoch_step, progress.step or 0) < 0:
+        raise TypeError("epoch, epoch_step and step must not be negative")
+    return progress
 
 
 def plain_job(state: Mapping[str, Any]) -> dict[str, Any]:
     """The configs that a file says; those of `args`, which published files and ours before version 0.2 have, by the names of their flags."""
-    job = dict(state["job"]) if isinstance(state.get("job"), Mapping) else of_flags(state["args"])
-    text = state.get("text")
-    if text:  # which was there before the configs, and is what the features were really made with
+    job = dict(state["job"]) if "job" in state else of_flags(state["args"])
+    if "world" not in state:  # a published file: its authors' folders are not here
+        job.pop("data", None)
+    if text := state.get("text"):  # which was there before the configs, and is what the features were really made with
         source = dict(job.get("text") or {})
         encoder = dict(source.get("encoder") or {}) | {"llm": text["llm"], "layer": text["layer"], "max_text_len": text["max_text_len"]}
         job["text"] = source | {"encoder": encoder, "norm": text["text_norm"]}
@@ -146,14 +170,15 @@ SECTIONS: dict[str, type[Config]] = {
 
 
 def of_flags(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain configs from flags by name, where there are such flags."""
+    """Plain configs from flags by name, as far as there are such flags and their values are ours."""
     job: dict[str, Any] = {"averages": {"warmup": False}} if values else {}  # published averages have none
     for section, cls in SECTIONS.items():
-        for path, config_field in settings(cls):
+        for path, config_field, hint in settings(cls):
             known = flag_of(config_field)
             if known and known.name in values:
                 value = values[known.name]
-                put(job, f"{section}.{path}", value[0] if known.several and isinstance(value, tuple | list) else value)
+                with suppress(UserError):
+                    put(job, f"{section}.{path}", as_type(hint, value[0] if known.several and value and isinstance(value, tuple | list) else value, path))
     if {"interval_min", "interval_max"} <= set(values):
         put(job, "drawing.sampler.cfg_interval", (values["interval_min"], values["interval_max"]))
     return job
@@ -227,18 +252,27 @@ RULES = (
 def check(saved: Saved, job: Job) -> None:
     """Raises: UserError where the checkpoint is of another network, noise or text than the run; of a run that draws, what is given counts alone."""
     training = isinstance(job, TrainJob)
-    moments = {"training", "counting"} if training and saved.world and not saved.anew else {"training"} if training else {"drawing"}
+    moments = {"training"} if training else {"drawing"}
+    if training and saved.world and not saved.anew:
+        moments.add("counting")
     name = job.model.name if training else job.given.get("model", look_up(saved.job, "model.name") or Model.name)
     kind = "text" if parse_model_name(name)[2] else "class"
     if kind == "text" and not saved.text:
         raise UserError(f"--model {name} is a text model, but {saved.path} does not say how its text features were made; is it of a class model?")
+    ours = to_plain(job) if training else {}
     for rule in RULES:
-        ours, found = look_up(to_plain(job), rule.field) if training else job.given.get(rule.flag), look_up(saved.job, rule.field)
-        if not moments & set(rule.when) or rule.kind not in ("", kind) or None in (ours, found) or ours == found:
-            continue
-        if rule.field == "text.encoder.llm" and (os.path.isdir(ours) or os.path.isdir(found)):
-            continue  # a folder may have another name now; its content is compared when it is opened
-        raise UserError(f"--{rule.flag} is {ours}, but {saved.path} was trained with {found}; give --{rule.flag} {found}")
+        if moments & set(rule.when) and rule.kind in ("", kind):
+            agree(saved, rule, look_up(ours, rule.field) if training else job.given.get(rule.flag))
+
+
+def agree(saved: Saved, rule: Rule, ours: Any) -> None:
+    """Raises: UserError where both say something, and not the same."""
+    found = look_up(saved.job, rule.field)
+    if ours is None or found is None or ours == found:
+        return
+    if rule.field == "text.encoder.llm" and (os.path.isdir(ours) or os.path.isdir(found)):
+        return  # a folder may have another name now; its content is compared when it is opened
+    raise UserError(f"--{rule.flag} is {ours}, but {saved.path} was trained with {found}; give --{rule.flag} {found}")
 
 
 def look_up(plain: Mapping[str, Any], path: str) -> Any:
@@ -284,27 +318,23 @@ def check_data(saved: Saved, world: World, data_path: str) -> None:
 
 # --- what a run that draws takes from its checkpoint
 
-INHERITED = (  # fields and whole sections that are the checkpoint's where their flags are not given; what runs code, or belongs to a machine, is not among them
-    "model", "diffusion", "data.path", "data.missing", "text.encoder.llm", "text.encoder.max_text_len", "text.encoder.layer", "text.norm", "text.cache",
-    "text.folder", "drawing.weights", "drawing.sampler", "run.seed", "run.precision",
+INHERITED = (  # fields and whole sections that are the checkpoint's where their flags are not given; nothing that runs code, no processes, no device
+    "model", "diffusion", "averages", "data.path", "data.missing", "text.encoder.llm", "text.encoder.max_text_len", "text.encoder.layer", "text.norm",
+    "text.cache", "text.folder", "drawing.weights", "drawing.sampler", "run.seed", "run.precision",
 )  # fmt: skip
 
 
-def completed(job: DrawJob, saved: Saved) -> DrawJob:
+def completed(job: J, saved: Saved) -> J:
     """The job with the checkpoint's settings where the flags say none.  Raises: UserError where a flag that is given contradicts it."""
     check(saved, job)
     given, found = job.given, {section: to_plain(getattr(job, section)) for section in SECTIONS}
     for section, cls in SECTIONS.items():
-        for name, config_field in settings(cls):
+        for name, config_field, _ in settings(cls):
             path, known = f"{section}.{name}", flag_of(config_field)
-            value = look_up(saved.job, path)
-            if section == "averages":  # as they were made, whatever the flags say
-                inherited = True
-            elif known and known.name in given:
-                value, inherited = given[known.name], section == "model"  # which is not built of the flags alone
-            else:
-                inherited = any(f"{path}.".startswith(f"{place}.") for place in INHERITED)
-            if inherited and value is not None:
+            value = look_up(saved.job, path) if any(f"{path}.".startswith(f"{place}.") for place in INHERITED) else None
+            if known and known.name in given and section != "averages":  # averages are what they were made with
+                value = given[known.name] if section == "model" else None  # the other sections hold what is given
+            if value is not None:
                 put(found, path, value)
     low, high = found["drawing"]["sampler"]["cfg_interval"]
     found["drawing"]["sampler"]["cfg_interval"] = (given.get("interval_min", low), given.get("interval_max", high))
@@ -315,11 +345,21 @@ def completed(job: DrawJob, saved: Saved) -> DrawJob:
     configs = {section: from_plain(cls, found[section]) for section, cls in SECTIONS.items()}
     check_kind(configs["model"], given)
     job = replace(job, **configs | {"text": configs["text"] if configs["model"].is_text else None})
-    if isinstance(job, SweepJob):
-        drawing, sweep = job.drawing, job.sweep
-        scales, intervals = sweep.scales or (drawing.sampler.cfg_scale,), sweep.intervals or (drawing.sampler.cfg_interval,)
-        job = replace(job, sweep=replace(sweep, weights=sweep.weights or (drawing.weights,), scales=scales, intervals=intervals))
-    return job
+    return replace(job, sweep=completed_sweep(job)) if isinstance(job, SweepJob) else job
+
+
+def completed_sweep(job: SweepJob) -> Sweep:
+    """With what the checkpoint draws with where no values are given.  Raises: UserError for a single setting."""
+    sampler, sweep = job.drawing.sampler, job.sweep
+    sweep = replace(
+        sweep,
+        weights=sweep.weights or (job.drawing.weights,),
+        scales=sweep.scales or (sampler.cfg_scale,),
+        intervals=sweep.intervals or (sampler.cfg_interval,),
+    )
+    if len(sweep.weights) == len(sweep.scales) == 1 and (len(sweep.intervals) == 1 or sweep.scales == (1,)):
+        raise UserError(SEVERAL)
+    return sweep
 
 
 def open_for_drawing(job: J) -> tuple[J, Saved]:
@@ -349,7 +389,12 @@ def restore(saved: Saved, state: TrainState, steps_per_epoch: int) -> Progress:
     if progress.step is None:
         progress = replace(progress, step=progress.epoch * steps_per_epoch)
     state.step = progress.step
-    by_name = checkpoint.load_optimizer_state(state.optimizer, state.net, saved.optimizer)
+    if progress.epoch_step >= steps_per_epoch:
+        raise UserError(f"{saved.path} stands at step {progress.epoch_step} of an epoch of {steps_per_epoch}; begin the epoch again by --start_epoch")
+    try:
+        by_name = checkpoint.load_optimizer_state(state.optimizer, state.net, saved.optimizer)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--resume {saved.path}: its optimizer state is none of AdamW's ({one_line(error)})") from error
     missing = "" if by_name else "; its optimizer state is not by name (a published file?), so AdamW starts afresh"
     within = f", {progress.epoch_step} of its {steps_per_epoch} steps done" if progress.epoch_step else ""
     say(f"resumed {saved.path}: next epoch {progress.epoch}{within}, step {state.step}, model, both EMAs{' and optimizer' if by_name else missing}")

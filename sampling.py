@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import resume
 from conditioning import FeatureNorm, LabelConditions, expand_null, unchanged
-from config import Averages, Data, DiffusionConfig, Drawing, DrawJob, GenerateJob, Model, Run, SamplerConfig, TextSource, TrainJob
+from config import Averages, Data, DiffusionConfig, Drawing, DrawJob, GenerateJob, Model, Run, SamplerConfig, TextConfig, TextSource, TrainJob
 from datasets.transforms import to_image, to_levels
 from denoiser import Net, sample
 from models_jit import JiT, build_model
@@ -92,13 +92,13 @@ def restored(job: DrawJob, saved: resume.Saved, text_width: int | None, device: 
 
 
 def as_prompts(model: Model, prompts: Sequence[str] | None, usual: Sequence[str]) -> list[str] | list[int]:
-    """What to draw: captions, or label numbers for a class model; `usual` prompts, or the first labels, where there are none.
+    """What to draw: captions, or label numbers for a class model; with None the `usual` prompts, or the first labels.
 
     Raises: UserError for what is no label.
     """
     if model.is_text:
-        return list(prompts or usual)
-    if not prompts:
+        return list(usual if prompts is None else prompts)
+    if prompts is None:
         return list(range(min(10, model.class_num)))
     wrong = [prompt for prompt in map(str, prompts) if not (prompt.isdecimal() and int(prompt) < model.class_num)]
     if wrong:
@@ -161,7 +161,7 @@ class LoadedPainter:
     def condition(self, prompts: Sequence[str] | Sequence[int]) -> Tensor:
         """y of prompts, as a text store would hold it: through float16."""
         if not self.job.text:
-            return torch.tensor(as_prompts(self.job.model, prompts, ()))
+            return torch.tensor(as_prompts(self.job.model, prompts, ()), dtype=torch.long)
         return self.norm(self.encoder.encode_all(list(prompts))["features"].float())
 
     @cached_property
@@ -183,14 +183,15 @@ class LoadedPainter:
         return torch.cat(parts) if parts else torch.empty(0, 3, painter.img_size, painter.img_size, dtype=torch.uint8)
 
 
-def load_painter(path: str | Path, weights: str = "1", device: str = "auto") -> LoadedPainter:
+def load_painter(path: str | Path, weights: str = "1", device: str = "auto", llm: str | None = None, trust_remote_code: bool = False) -> LoadedPainter:
     """A painter with all its settings out of a checkpoint: a file, or a folder with checkpoint-last.pth.
 
-    Args: weights: the average "1" or "2", or "raw"; device: "auto", "cuda" or "cpu".  Raises: UserError where it cannot be had.
+    Args: weights: the average "1" or "2", or "raw"; device: "auto", "cuda" or "cpu"; llm: where the language model's folder is now;
+    trust_remote_code: run the code that it brings along.  Raises: UserError where the checkpoint cannot be had.
     """
-    given = {"resume": str(path), "eval_ema": (weights,), "device": device}
-    run = Run(resume=str(path), device=device)
-    asked = GenerateJob(Model(), DiffusionConfig(), Data(), TextSource(), Averages(), Drawing(weights=weights), run, given, prompts=(), prompts_file=None)
-    job, saved = resume.open_for_drawing(asked)
-    place, text = dist.init(device), {name: value.clone() if isinstance(value, Tensor) else value for name, value in saved.text.items()}
-    return LoadedPainter(job, restored(job, saved, text.get("width"), place), text, place)
+    given = {"resume": str(path), "eval_ema": (weights,), "device": device, "trust_remote_code": trust_remote_code} | ({"llm_model_name": llm} if llm else {})
+    text = TextSource(TextConfig(llm or TextConfig.llm, trust_remote_code=trust_remote_code))
+    run, drawing = Run(resume=str(path), device=device), Drawing(weights=weights)
+    job, saved = resume.open_for_drawing(GenerateJob(Model(), DiffusionConfig(), Data(), text, Averages(), drawing, run, given, prompts=(), prompts_file=None))
+    place, made = dist.init(device), {name: value.clone() if isinstance(value, Tensor) else value for name, value in saved.text.items()}
+    return LoadedPainter(job, restored(job, saved, made.get("width"), place), made, place)

@@ -1,4 +1,4 @@
-"""Fixed toy runs, so that a change of the code can be held against the code before it: `python -m benchmarks.toy_runs --out DIR [--code FOLDER] [--against DIR]`.
+"""Fixed toy runs, so that a change of the code can be held against the code before it: `python -m benchmarks.toy_runs --out DIR --inputs DIR`.
 
 Text and class models, one process and two, each trained once straight and once with a kill by SIGKILL and a resumption, then drawn from and evaluated. Written to
 DIR/digests.json: a hash of all weights, averages and optimizer state, of every picture drawn, and of every scalar logged but the speed. --code runs another

@@ -91,7 +91,7 @@ class PictureDataset(Dataset):
     def readable(self, index: int) -> tuple[Tensor, int, list[str]]:
         """The first picture from `index` on that can be read, its number, and the broken ones passed over.
 
-        Gives up, with an empty picture, after one more than it takes to stop the run.
+        Gives up, with an empty picture, after more broken ones in a row than a data set may have: the run ends then.
         """
         passed = []
         for offset in range(broken.most(len(self)) + 2):

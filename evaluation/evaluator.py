@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,15 @@ def call_out_initial(state: Weights, which: str) -> None:
         say(f"warning: EMA {which} is {shares[which]:.0%} initial weights at step {state.step:,}; use --eval_ema {' or '.join(better)}")
 
 
+class Point(NamedTuple):
+    """What one evaluation is of: weights, sampler, number of pictures, and all in all what its record will depend on."""
+
+    weights: str
+    sampler: SamplerConfig
+    count: int
+    setting: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """evaluator(weights, sampler, count) -> Record, which is written down in `folder` too, with the pictures where `save_images` says so."""
@@ -84,22 +93,24 @@ class Evaluator:
     measures: Sequence[Measure]
     y_of: Callable[[Tensor], Tensor]  # conditions of subjects -> what the network takes
     subjects: Mapping[int, Subjects]  # by number of pictures
-    facts: Mapping[str, Any]  # of the run: model, size, precision
+    facts: Mapping[str, Any]  # of the run: model, precision, text
     folder: Path
     checkpoint: str | None = None  # the file whose weights these are
     save_images: bool = False
 
     def __call__(self, weights: str, sampler: SamplerConfig, count: int) -> Record:
         """Draw and measure.  Collective."""
-        with self.state.drawing(weights):
-            painter, subjects = replace(self.painter, sampler=sampler), self.subjects[count]
-            setting = self._setting(weights, painter, subjects)
-            path = self.path_of(setting)
-            folder = pictures_folder(path) if self.save_images else None
-            figures, seconds = evaluate(painter, self.y_of, subjects, self.measures, folder)
-        if painter.device.type == "cuda":
+        return self.measure(self.point(weights, sampler, count))
+
+    def measure(self, point: Point) -> Record:
+        """Collective."""
+        path, subjects = self.path_of(point.setting), self.subjects[point.count]
+        folder = pictures_folder(path) if self.save_images else None
+        with self.state.drawing(point.weights):
+            figures, seconds = evaluate(replace(self.painter, sampler=point.sampler), self.y_of, subjects, self.measures, folder)
+        if self.painter.device.type == "cuda":
             torch.cuda.empty_cache()  # training goes on with tensors of other sizes
-        record = Record(figures, setting, self._made(subjects, seconds))
+        record = Record(figures, point.setting, self._made(subjects, seconds))
         if dist.is_main():
             write_record(path, record)
             if folder:
@@ -107,15 +118,18 @@ class Evaluator:
         say(f"{record.line()}  {path.name}{f', pictures in {folder}' if folder else ''}")
         return record
 
-    def recall(self, weights: str, sampler: SamplerConfig, count: int) -> Record | None:
+    def recall(self, point: Point) -> Record | None:
         """The record of the same setting that was written down before, if any.  Collective."""
-        with self.state.drawing(weights):
-            setting = self._setting(weights, replace(self.painter, sampler=sampler), self.subjects[count])
-        path = self.path_of(setting)
-        known = dist.from_main(read_record(path, setting) if dist.is_main() else None)
+        path = self.path_of(point.setting)
+        known = dist.from_main(read_record(path, point.setting) if dist.is_main() else None)
         if known:
             say(f"{known.line()}  as measured before: {path.name}")
         return known
+
+    def point(self, weights: str, sampler: SamplerConfig, count: int) -> Point:
+        """Reads all weights, for their hash.  Collective."""
+        with self.state.drawing(weights):
+            return Point(weights, sampler, count, self._setting(weights, replace(self.painter, sampler=sampler), self.subjects[count]))
 
     def path_of(self, setting: dict[str, Any]) -> Path:
         return self.folder / f"{Record({}, setting).name}.json"

@@ -27,7 +27,7 @@ class OnlineEvaluation:
     folder: Path
 
     def __call__(self, state: Weights, board: Board) -> None:
-        """Changes nothing that training goes on with.  Collective."""
+        """Leaves weights, optimizer and random states as they are.  Collective."""
         if self.evaluator:
             call_out_initial(state, self.weights)
             board.scalars(self.evaluator(self.weights, self.painter.sampler, self.count).scalars(), state.step)

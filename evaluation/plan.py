@@ -86,7 +86,7 @@ def find_requested(config: Eval, model: Model, counts: Sequence[int], device: to
 def check_measurable(config: Eval, anything: bool) -> None:
     """Raises: UserError where an evaluation would come to nothing."""
     if config.demands == "figures" and not anything and not config.save_images:
-        raise UserError("--evaluate_gen has nothing to measure: mend what the lines above say is left out, or keep the pictures by --save_images")
+        raise UserError("--evaluate_gen has nothing to measure: see the lines above for what is left out and why, or keep the pictures by --save_images")
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ def test_nothing_is_defined_that_nothing_uses():
     text = "\n".join(path.read_text(encoding="utf-8") for path in programs)
     for name in MODULES:
         for node in TREES[name].body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                uses = len(re.findall(rf"\b{node.name}\b", text))
-                assert uses > 1 or node.name in ("load_painter", "JiT_models"), f"{name}.{node.name} is used by nothing"
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            defined = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else [target.id for target in targets if isinstance(target, ast.Name)]
+            for one in defined:
+                assert len(re.findall(rf"\b{one}\b", text)) > 1 or one in ("load_painter", "JiT_models"), f"{name}.{one} is used by nothing"

@@ -1,6 +1,6 @@
 """The rules of resuming: by tables without files, and with real checkpoints of this version, of the one before and of the paper's authors."""
 
-import argparse
+import copy
 import os
 import shutil
 from dataclasses import replace
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_text_data
+from conftest import in_ranks, write_text_data
 from test_training import flags, run, weights
 
 import engine_jit
@@ -17,6 +17,8 @@ from config import from_plain, to_plain
 from flags import parse
 from resume import RULES, World, completed, look_up, put
 from util import checkpoint
+from util import distributed as dist
+from util.broken import Broken
 from util.errors import UserError
 from util.schedule import Progress
 
@@ -122,6 +124,14 @@ def test_what_a_drawing_run_takes_from_its_checkpoint():
 
     job = completed(parse(["--sweep", "--resume", "x", "--eval_ema", "1,raw"]), saved)
     assert (job.sweep.weights, job.sweep.scales, job.sweep.intervals) == (("1", "raw"), (2.9,), ((0.1, 1.0),))
+    job = completed(parse(["--sweep", "--resume", "x", "--interval", "0-1,0.1-1"]), saved)  # guided, as the checkpoint says
+    assert len(job.sweep.intervals) == 2
+    with pytest.raises(UserError, match="--sweep needs several settings"):
+        completed(parse(["--sweep", "--resume", "x", "--interval", "0-1,0.1-1"]), saved_of(parse(TEXT_RUN), TEXT))
+    small = saved_of(parse(["--model", "JiT-Nano/5", "--img_size", "20"]))
+    assert completed(parse(["--generate", "--resume", "x", "--img_size", "20"]), small).model.img_size == 20
+    with pytest.raises(UserError, match="--use_text_conditioning needs a text model; try --model JiT-Nano/5-Text"):
+        completed(parse(["--generate", "--resume", "x", "--use_text_conditioning"]), small)
     job = completed(parse(["--evaluate_gen", "--resume", "x"]), saved_of(parse(["--class_num", "10"])))
     assert job.text is None and job.model.class_num == 10
     with pytest.raises(UserError, match="--held_out has no effect on the class model"):
@@ -153,19 +163,36 @@ def test_files_without_configs_are_completed_by_flags():
     assert (job.drawing.weights, job.drawing.sampler.cfg_scale, job.run.seed, job.averages.warmup, job.text.norm) == ("2", 2.0, 3, True, "standardize")
 
 
-@pytest.mark.parametrize(
-    "path, value",
-    [("model.img_size", "big"), ("model.img_size", -16), ("model.name", "JiT-XXL/1"), ("drawing.sampler.steps", 0), ("drawing", 3), ("data.path", None)],
-)
-def test_configs_that_cannot_work_are_one_line(path, value):
-    job = to_plain(parse(TEXT_RUN))
-    put(job, path, value)
-    try:
-        found = completed(parse(["--generate", "--resume", "x"]), saved_of(parse([]), TEXT, job=job))
-        assert value is None or path == "drawing"
-        assert found.data.path
-    except (UserError, ValueError) as error:
-        assert "\n" not in str(error)
+ODD = [  # where in a checkpoint, and what stands there
+    ("job.model.img_size", "big"), ("job.model.img_size", -16), ("job.model.name", "JiT-XXL/1"), ("job.model.name", 3), ("job.drawing.sampler.steps", 0),
+    ("job.drawing.sampler.cfg_interval", 0.5), ("job.drawing.sampler.cfg_interval", (0.1, 0.2, 0.3)), ("job.drawing", 3), ("job.data.path", None),
+    ("job.text", "abc"), ("job.text.encoder", "abc"), ("job.text.encoder.llm", ["a"]), ("job", "abc"), ("text", torch.zeros(1)), ("text", {}), ("text.llm", 5),
+    ("model_ema1", [1]), ("optimizer", None), ("optimizer", {"x": 5}), ("step", "5"), ("epoch", 0.5), ("epoch", -7), ("epoch_step", "1"), ("epoch_step", 50),
+    ("skips", torch.zeros(3)), ("skips", "no"), ("world", "x"), ("world", {}), ("world.processes", "two"), ("evaluation_due", "yes"), ("model", {}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained_file(llm_folder, tmp_path_factory):
+    out, data = tmp_path_factory.mktemp("trained"), write_text_data(tmp_path_factory.mktemp("data"))
+    run(*flags(data, llm_folder(), out, "--batch_size", 4, "--epochs", 1))
+    return flags(data, llm_folder(), out, "--batch_size", 4, "--epochs", 2), torch.load(out / checkpoint.LAST, weights_only=True)
+
+
+@pytest.mark.parametrize("path, value", ODD, ids=[f"{path}={str(value)[:12]}" for path, value in ODD])
+def test_a_checkpoint_that_holds_something_odd_is_used_or_ends_in_one_line(path, value, trained_file, tmp_path):
+    argv, state = trained_file
+    state = copy.deepcopy(state)
+    put(state, path, value)
+    torch.save(state, tmp_path / checkpoint.LAST)
+    for attempt in (
+        ["--generate", "--resume", str(tmp_path), "--device", "cpu", "--prompt", "猫"],
+        [*argv, "--resume", str(tmp_path), "--output_dir", str(tmp_path / "new")],
+    ):
+        try:
+            run(*attempt)
+        except UserError as error:
+            assert str(error) and "\n" not in str(error)
 
 
 def test_a_run_lets_go_of_the_file_that_it_went_on_from(text_data, llm_folder, tmp_path, monkeypatch):
@@ -247,17 +274,6 @@ def test_a_checkpoint_of_the_version_before_resumes_and_draws(text_data, llm_fol
     assert (tmp_path / "old" / "samples" / "0000.png").is_file()
 
 
-@pytest.mark.parametrize("damage", ["world", "skips", "epoch", "job"])
-def test_a_checkpoint_whose_settings_are_not_what_they_should_be_is_one_line(damage, tmp_path):
-    state = {"model": {}, "epoch": 0, "step": 1, "args": argparse.Namespace()} | {damage: "something else"}
-    torch.save(state, tmp_path / checkpoint.LAST)
-    try:
-        resume.read(tmp_path / checkpoint.LAST)
-        assert damage == "job"
-    except UserError as error:
-        assert "no checkpoint of a JiT" in str(error) and "\n" not in str(error)
-
-
 def test_the_list_of_broken_pictures_is_written_before_too_many_end_the_run(tmp_path, llm_folder):
     data = write_text_data(tmp_path / "data", 120)
     for i in (7, 8):
@@ -267,3 +283,26 @@ def test_the_list_of_broken_pictures_is_written_before_too_many_end_the_run(tmp_
     assert "\n" not in str(error.value)
     listed = (tmp_path / "out" / "bad_images.txt").read_text().splitlines()
     assert [line.split(":")[0] for line in listed] == [str(data / "images" / f"{i}.png") for i in (7, 8)]
+
+
+def test_a_base_learning_rate_trains(text_data, llm_folder, tmp_path, capsys):
+    argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1, "--blr", "1e-2")
+    run(*[part for part in argv if part not in ("--lr", "1e-3")])
+    assert "lr 1.56" in capsys.readouterr().out and weights(tmp_path / "out")["step"] == 2
+
+
+def test_each_ranks_broken_pictures_are_listed_and_counted_together(tmp_path):
+    def work(limit):
+        broken = Broken(tmp_path, limit, "skip")
+        broken.note([f"/{dist.rank()}.png: OSError: é"])
+        broken.write()
+
+    in_ranks(2, lambda: work(1000))
+    assert (tmp_path / "bad_images.txt").read_text(encoding="utf-8").splitlines() == ["/0.png: OSError: é", "/1.png: OSError: é"]
+
+    def too_many():
+        with pytest.raises(UserError, match="2 of 150 pictures cannot be read"):  # neither rank alone has met over 1 %
+            work(150)
+
+    in_ranks(2, too_many)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad_images.txt"]

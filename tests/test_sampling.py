@@ -1,6 +1,7 @@
 """A painter out of a checkpoint alone, as in the README's notebook."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def trained(text_data, llm_folder, tmp_path):
     return tmp_path / "out"
 
 
-def test_a_painter_draws_what_generate_draws(trained, monkeypatch):
+def test_a_painter_draws_what_generate_draws(trained, llm_folder, tmp_path, monkeypatch):
     loads, load = [], LanguageModel.load
     monkeypatch.setattr(LanguageModel, "load", lambda *rest: loads.append(1) or load(*rest))
     painter = load_painter(trained, device="cpu")
@@ -41,13 +42,16 @@ def test_a_painter_draws_what_generate_draws(trained, monkeypatch):
     assert (painter(PROMPTS, SamplerConfig("euler", 1)).int() - pictures.int()).abs().max() > 1
     assert (load_painter(trained, weights="raw", device="cpu")(PROMPTS).int() - pictures.int()).abs().max() > 0
     assert painter([]).shape == (0, 3, 16, 16)
+    moved = tmp_path / "moved"
+    shutil.copytree(llm_folder(), moved)
+    assert torch.equal(load_painter(trained, device="cpu", llm=str(moved))(PROMPTS), pictures)
 
 
 def test_a_painter_of_classes_takes_labels(class_data, tmp_path):
     common = ["--model", "JiT-Nano/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--batch_size", "4"]
     run(*common, "--data_path", str(class_data), "--output_dir", str(tmp_path), "--epochs", "1", "--num_sampling_steps", "2")
     painter = load_painter(tmp_path / "checkpoint-last.pth", device="cpu")
-    assert painter([0, 2]).shape == (2, 3, 16, 16)
+    assert painter([0, 2]).shape == (2, 3, 16, 16) and painter([]).shape == (0, 3, 16, 16)
     with pytest.raises(UserError, match="label numbers from 0 to 2"):
         painter([3])
 

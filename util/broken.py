@@ -1,7 +1,7 @@
 """Broken pictures, those that cannot be read: how many a data set may have, and the list of those that were met."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from util import distributed as dist
@@ -22,7 +22,7 @@ def most(size: int) -> int:
 
 
 class Broken:
-    """The broken pictures that this rank's samples met: lines of file name and reason."""
+    """The broken pictures that were met, a line each with file name and reason: this rank's, and after `write` all ranks'."""
 
     def __init__(self, folder: Path, size: int, policy: str):
         """size: of the data set; policy: --bad_images, "error" or "skip"."""
@@ -30,35 +30,37 @@ class Broken:
         self.lines: set[str] = set()
         self.told = 0
 
-    def note(self, lines: Iterable[str]) -> None:
-        """Raises: UserError under --bad_images error, and, with the list written, where too many are broken."""
-        if not (lines := list(lines)):
+    def note(self, lines: Sequence[str]) -> None:
+        """Raises: UserError under --bad_images error, and where too many are broken; the list is written before."""
+        if not lines:
             return
         self.lines.update(lines)
         if self.policy == "error":
             raise UserError(f"broken picture {lines[0]}; go on without such by --bad_images skip")
+        if too_many(len(self.lines), self.size):
+            self._write()
         self._check()
 
     def write(self) -> None:
-        """All ranks' into the list.  Collective."""
+        """Write all ranks' list.  Collective.  Raises: UserError where too many are broken."""
         self.lines.update(*dist.gather_objects(self.lines))
         if len(self.lines) > self.told:
             self.told = len(self.lines)
             say(f"{len(self.lines)} broken pictures so far, listed in {self.path}")
             if dist.is_main():
                 self._write()
+            dist.barrier()
         self._check()
 
     def _check(self) -> None:
         if too_many(len(self.lines), self.size):
-            self._write()
             raise UserError(f"{len(self.lines)} of {self.size} pictures cannot be read, over 1 %; {self.path} lists them, the first is {min(self.lines)}")
 
     def _write(self) -> None:
-        """Adds to what the file holds; any rank may do it."""
+        """Add to what the file holds; any rank may do it."""
         try:
             before = self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if self.path.exists() else []
             text = "\n".join(sorted({*before, *self.lines})) + "\n"
-            write_whole(self.path, lambda file: file.write(text.encode("utf-8", "surrogateescape")), mark=f".{os.getpid()}")
+            write_whole(self.path, lambda file: file.write(text.encode("utf-8", "surrogateescape")), mark=f".{os.uname().nodename}.{os.getpid()}")
         except OSError as error:
             say(f"warning: {self.path} cannot be written ({error.strerror})")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-BEFORE_LEAVING: list[Callable[[], None]] = []  # what ends the lines that are still open
+BEFORE_LEAVING: list[Callable[[], None]] = []  # ends the lines that are still open, such as a progress bar's
 
 
 class UserError(ValueError):
