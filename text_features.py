@@ -29,6 +29,7 @@ from util.files import writable_folder
 from util.logging import progress, say
 
 SAMPLE = 4096  # captions that --text_cache off measures lengths and statistics on
+PATIENCE = 300  # seconds for a model's description; a minute hashes a 13b's files
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +155,11 @@ def in_child(function: Callable[[Any], Any], argument: Any) -> Any:
     process = context.Process(target=work, daemon=True)
     process.start()
     sender.close()
+    if not receiver.poll(PATIENCE):
+        process.kill()
     try:
         answer = receiver.recv()
-    except EOFError:  # it died of something else, which will show here
+    except EOFError:  # it died, or hangs on a lock that a thread held when it was forked; what is really wrong will show here
         answer = function(argument)
     process.join()
     if isinstance(answer, UserError):

@@ -98,7 +98,7 @@ def kill_and_restart(line: list[str], run: Path, args: argparse.Namespace, rng: 
     return found
 
 
-def same(a: dict, b: dict) -> bool:
+def equal(a: dict, b: dict) -> bool:
     """Bit for bit."""
     parts = [(a[key], b[key]) for key in ("model", "model_ema1", "model_ema2")] + [(a["optimizer"][name], b["optimizer"][name]) for name in a["optimizer"]]
     return a["step"] == b["step"] and all(torch.equal(value, right[name]) for left, right in parts for name, value in left.items())
@@ -131,8 +131,8 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name}: {value}")
     a, b = (checkpoint.load(run / checkpoint.LAST) for run in (whole, killed))
-    print(f"steps: {a['step']}; weights, averages and optimizer equal to the bit: {same(a, b)}")
-    sys.exit(not same(a, b))
+    print(f"steps: {a['step']}; weights, averages and optimizer equal to the bit: {equal(a, b)}")
+    sys.exit(not equal(a, b))
 
 
 if __name__ == "__main__":
