@@ -302,7 +302,7 @@ def test_the_datas_own_statistics_are_kept_and_made_anew_when_the_data_changes(t
         get()
 
 
-def test_unreadable_pictures_are_left_out_of_the_statistics_but_not_many(tmp_path, tiny_extractor, capsys):
+def test_broken_pictures_are_left_out_of_the_statistics_but_not_many(tmp_path, tiny_extractor, capsys):
     data = write_text_data(tmp_path / "data", 100)
     (data / "images" / "7.png").write_bytes(b"broken")
     path = tmp_path / "s.npz"
