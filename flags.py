@@ -272,14 +272,13 @@ def job_of(given: Mapping[str, Any]) -> Job:
     check_lists(given, mode)
     check_evaluation(given, mode)
     check_prompts(given, mode)
-    interval = tuple(given.get(name, default) for name, default in zip(("interval_min", "interval_max"), SamplerConfig.cfg_interval))
     shared = {
         "model": model,
         "diffusion": build(DiffusionConfig, given),
         "data": build(Data, given),
         "text": build(TextSource, given) if mode != "train" or model.is_text else None,
         "averages": build(Averages, given),
-        "drawing": build(Drawing, given, sampler=build(SamplerConfig, given, cfg_interval=interval)),
+        "drawing": build(Drawing, given, sampler=build(SamplerConfig, given, cfg_interval=interval_of(given))),
         "run": build(Run, given),
     }
     train = build(Train, given)  # its flags are checked in every mode
@@ -301,6 +300,12 @@ def mode_of(given: Mapping[str, Any]) -> str:
     return modes[0]
 
 
+def interval_of(given: Mapping[str, Any]) -> tuple[float, float]:
+    """That of --interval_min and --interval_max."""
+    low, high = SamplerConfig.cfg_interval
+    return given.get("interval_min", low), given.get("interval_max", high)
+
+
 def check_lists(given: Mapping[str, Any], mode: str) -> None:
     """Several values are for --sweep, and a sweep needs some."""
     ranges = given.get("interval")
@@ -312,8 +317,7 @@ def check_lists(given: Mapping[str, Any], mode: str) -> None:
         return
     guided = "cfg" not in given or set(given["cfg"]) != {1}  # without guidance all intervals are one; the checkpoint may have some
     require(bool(several) or (guided and len(ranges or ()) > 1), SEVERAL)
-    whole = all(given.get(name, default) == default for name, default in zip(("interval_min", "interval_max"), SamplerConfig.cfg_interval))
-    require(ranges is None or whole, "--interval, and --interval_min and --interval_max: give one of them")
+    require(ranges is None or interval_of(given) == SamplerConfig.cfg_interval, "--interval, and --interval_min and --interval_max: give one of them")
     for low, high in ranges or ():
         require(0 <= low <= high <= 1, f"--interval {low:g}-{high:g}: wanted 0 <= low <= high <= 1")
 

@@ -50,6 +50,12 @@ class Painter:
         y, null = y.to(self.device), self.null.to(self.device)
         return sample(self.net, noise, y, expand_null(null, len(y)), self.diffusion, self.sampler)
 
+    def paint_in_batches(self, numbers: Sequence[int], y_of: Callable[[Sequence[int]], Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+        """Those pictures, `batch_size` at a time: their numbers and (B, 3, H, W) uint8 on the CPU.  y_of: numbers -> conditions (B, ...)."""
+        for start in range(0, len(numbers), self.batch_size):
+            part = list(numbers[start : start + self.batch_size])
+            yield part, to_levels(self.paint(part, y_of(part)))
+
     def draw(self, y_of: Callable[[Sequence[int]], Tensor], count: int, what: str) -> Iterator[tuple[list[int], Tensor]]:
         """This rank's share of pictures 0 .. count - 1: their numbers and (B, 3, H, W) uint8 on the CPU.
 
@@ -57,9 +63,8 @@ class Painter:
         """
         mine = range(dist.rank(), count, dist.world_size())
         with progress(len(mine), what, unit="picture") as bar:
-            for start in range(0, len(mine), self.batch_size):
-                numbers = list(mine[start : start + self.batch_size])
-                yield numbers, to_levels(self.paint(numbers, y_of(numbers)))
+            for numbers, pictures in self.paint_in_batches(mine, y_of):
+                yield numbers, pictures
                 bar.update(len(numbers))
 
 
@@ -175,11 +180,10 @@ class LoadedPainter:
         Args: prompts: captions, or labels of a class model; sampler: None draws as the checkpoint says.
         """
         painter = replace(self.painter, seed=seed, sampler=sampler or self.job.drawing.sampler)
-        y, parts = self.condition(prompts), []
+        y = self.condition(prompts)
         with self.weights.drawing(self.job.drawing.weights):
-            for start in range(0, len(y), painter.batch_size):
-                numbers = range(first + start, first + min(start + painter.batch_size, len(y)))
-                parts.append(to_levels(painter.paint(numbers, y[start : start + painter.batch_size])))
+            drawn = painter.paint_in_batches(range(first, first + len(y)), lambda numbers: y[[number - first for number in numbers]])
+            parts = [pictures for _, pictures in drawn]
         return torch.cat(parts) if parts else torch.empty(0, 3, painter.img_size, painter.img_size, dtype=torch.uint8)
 
 

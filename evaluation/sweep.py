@@ -29,8 +29,8 @@ def run_sweep(evaluator: Evaluator, sweep: Sweep, count: int) -> tuple[list[Reco
     for which in sweep.weights:
         call_out_initial(evaluator.state, which)
     quick = replace(evaluator, save_images=False)
-    points = [quick.point(which, sampler, sweep.images) for which, sampler in settings_of(sweep, evaluator.painter.sampler)]
-    records = [quick.recall(point) or quick.measure(point) for point in points]
+    points = list(settings_of(sweep, evaluator.painter.sampler))
+    records = [known_or_measured(quick, *point, sweep.images) for point in points]
     best = min(records, key=lambda record: record.figures["fid"])
     if dist.is_main():
         stem = evaluator.folder / f"sweep_step{evaluator.state.step}_{short(sweep.images)}"
@@ -38,12 +38,16 @@ def run_sweep(evaluator: Evaluator, sweep: Sweep, count: int) -> tuple[list[Reco
         stem.with_suffix(".md").write_text(text, encoding="utf-8")
         plot(records, best, stem.with_suffix(".png"))
         say(f"\n{text}\ntable and plot: {stem}.md, {stem}.png")
-    which, sampler = points[records.index(best)][:2]
+    which, sampler = points[records.index(best)]
     if sampler.cfg_scale in {min(sweep.scales), max(sweep.scales)} - {1} and len(set(sweep.scales)) > 2:
         say(f"the best cfg, {sampler.cfg_scale:g}, is at the end of the range: a wider --cfg may hold a better one")
-    final = evaluator.point(which, sampler, count)
-    known = None if evaluator.save_images else evaluator.recall(final)
-    return records, known or evaluator.measure(final)
+    return records, evaluator(which, sampler, count) if evaluator.save_images else known_or_measured(evaluator, which, sampler, count)
+
+
+def known_or_measured(evaluator: Evaluator, which: str, sampler: SamplerConfig, count: int) -> Record:
+    """Collective."""
+    point = evaluator.point(which, sampler, count)
+    return evaluator.recall(point) or evaluator.measure(point)
 
 
 def table(records: Sequence[Record], best: Record) -> str:
