@@ -1,30 +1,32 @@
-"""What a picture is conditioned on, y: class labels, or pooled features of its caption; the null of guidance; where y comes from.
+"""What a picture is conditioned on, y: a class label, its caption's pooled features, or the states of its caption's tokens; the null; where y comes from.
 
-The one place that knows the kinds of y. A new one (the states of all tokens, say) is a class here, a field of config.TextSource and a network that reads it.
+The one place that knows the kinds of y. A new one is a class here and a network that reads it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from text_encoder import TextEncoder
+from text_encoder import TextEncoder, rms_normalized
 from util import distributed as dist
 from util.feature_store import FeatureRows
 from util.parallel import to_device
 from util.randomness import uniform
+from util.text import PackedText, Text, Y
 
 
 class Conditions(Protocol):
-    """Labels or caption numbers, (B,) int64 -> y, (B, ...)."""
+    """Labels or caption numbers, (B,) int64 -> what is y, (B, ...), once it is brought to the device by its `to`."""
 
-    null: Tensor  # y of nothing, (1, ...)
+    null: Y  # y of nothing, (1, ...)
     in_loader: bool  # whether the loader's processes call it, or else the step
 
-    def __call__(self, raw: Tensor) -> Tensor: ...
+    def __call__(self, raw: Tensor) -> Tensor | PackedText | Text: ...
 
 
 class LabelConditions:
@@ -41,7 +43,7 @@ class LabelConditions:
 
 @dataclass(frozen=True)
 class FeatureNorm:
-    """Features to mean 0 and variance 1 in each dimension.
+    """Features, pooled or of tokens, to mean 0 and variance 1 in each dimension.
 
     Mean-pooled LLM states share most of their length, so captions differ by little until it is taken out.
     """
@@ -70,6 +72,13 @@ def unchanged(features: Tensor) -> Tensor:
     return features
 
 
+def norm_of(description: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    """What --text_norm says, out of how the features of a model are made."""
+    if description["text_norm"] == "standardize":
+        return FeatureNorm(description["mean"], description["std"])
+    return rms_normalized if description["text_norm"] == "rms" else unchanged
+
+
 class StoredText:
     """conditions(lines) -> (B, width) float32 on the CPU, read by row; the loader's processes do it."""
 
@@ -96,12 +105,47 @@ class LiveText:
         return self.norm(self.encoder.encode([self.captions[line] for line in lines.tolist()]))
 
 
+def packed(states: Tensor, lengths: Tensor, padded_to: int, norm: Callable[[Tensor], Tensor]) -> PackedText:
+    """Normalised states of tokens as they travel.  states: (tokens, W) float16; lengths: (B,), tokens of each caption."""
+    return PackedText(norm(states.float()).half(), lengths, padded_to)
+
+
+class StoredTokens:
+    """conditions(lines) -> PackedText on the CPU, read by row; the loader's processes do it."""
+
+    in_loader = True
+
+    def __init__(self, features: FeatureRows, rows: np.ndarray, padded_to: int, norm: Callable[[Tensor], Tensor]):
+        self.features, self.rows, self.padded_to, self.norm = features, rows, padded_to, norm
+        self.null = Text.null(padded_to, features.width)
+
+    def __call__(self, lines: Tensor) -> PackedText:
+        rows = self.rows[lines.numpy()]
+        assert (rows >= 0).all(), "a caption that this run was not prepared for"
+        return packed(*self.features.tokens(rows), self.padded_to, self.norm)
+
+
+class LiveTokens:
+    """conditions(lines) -> Text on the LLM's device, encoded on the spot."""
+
+    in_loader = False
+
+    def __init__(self, encoder: TextEncoder, captions: Sequence[str], padded_to: int, norm: Callable[[Tensor], Tensor]):
+        self.encoder, self.captions, self.padded_to, self.norm = encoder, captions, padded_to, norm
+        self.null = Text.null(padded_to, encoder.width)
+
+    def __call__(self, lines: Tensor) -> Text:
+        states, mask = self.encoder.encode_tokens([self.captions[line] for line in lines.tolist()])
+        more = self.padded_to - mask.shape[1]
+        return Text(F.pad(self.norm(states), (0, 0, 0, more)), F.pad(mask, (0, more)))
+
+
 @dataclass
 class Conditioning:
     """What training and drawing are conditioned on, and how its features were made."""
 
     conditions: Conditions
-    prompts: Tensor  # y of the prompts, (prompts, width), or labels (prompts,)
+    prompts: Tensor | PackedText  # y of the prompts, a row each
     description: dict[str, Any] | None = None  # goes into the checkpoint of a text model
     width: int | None = None  # of text features
     frozen: int = 0  # parameters of the LLM
@@ -111,12 +155,14 @@ def of_labels(num_classes: int, prompts: Sequence[int]) -> Conditioning:
     return Conditioning(LabelConditions(num_classes), torch.tensor(prompts))
 
 
-def expand_null(null: Tensor, count: int) -> Tensor:
+def expand_null(null: Y, count: int) -> Y:
     """(1, ...) -> (count, ...)."""
-    return null.expand(count, *null.shape[1:])
+    return null.expand(count) if isinstance(null, Text) else null.expand(count, *null.shape[1:])
 
 
-def drop_conditions(y: Tensor, null: Tensor, numbers: Sequence[int], probability: float, seed: int) -> Tensor:
+def drop_conditions(y: Y, null: Y, numbers: Sequence[int], probability: float, seed: int) -> Y:
     """y (B, ...) with the null in place of a share of its rows, chosen by the samples' numbers."""
     dropped = to_device(uniform(seed, "drop", numbers) < probability, y.device)
+    if isinstance(y, Text):
+        return y.without(dropped)
     return torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)

@@ -10,11 +10,15 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from util.errors import UserError
 
-SIZES = ("Nano", "Ti", "S", "B", "L", "H", "G")  # models_jit.SIZES says what they are
+SIZES = {  # models_jit.SIZES and models_mmjit.SIZES say what they are
+    "JiT": ("Nano", "Ti", "S", "B", "L", "H", "G"),
+    "MMJiT": ("Nano", "Ti", "S", "B", "M", "L", "XL"),
+}
+CONDITIONS = {("JiT", ""): "labels", ("JiT", "-Text"): "pooled", ("JiT", "-Tokens"): "tokens", ("MMJiT", ""): "tokens", ("MMJiT", "-AdaLN"): "tokens"}
 SOLVERS = ("heun", "euler")  # denoiser.SOLVERS has them
 LAYERS = ("last", "-2", "middle", "mean")
 SEVERAL = "--sweep needs several settings to choose from; try --eval_ema 1,2,raw --cfg 1.0:4.0:0.1 --interval 0-1,0.1-1"
@@ -89,15 +93,29 @@ def check_value(known: Flag, value: Any) -> None:
         require(not known.choices or one in known.choices, f"--{known.name} {one}: wanted one of {', '.join(known.choices)}")
 
 
-def parse_model_name(name: str) -> tuple[str, int, bool]:
-    """'JiT-B/16-Text' -> ('B', 16, True): size, patch size, whether it is conditioned on text.
+class ModelName(NamedTuple):
+    """'JiT-B/16-Text' is ('JiT', 'B', 16, '-Text')."""
 
-    Raises: ValueError for a name that is not JiT-{size}/{patch} or JiT-{size}/{patch}-Text.
-    """
-    match = re.fullmatch(rf"JiT-({'|'.join(SIZES)})/([1-9]\d*)(-Text)?", name)
-    if not match:
-        raise ValueError(f"{name!r} is not a JiT; wanted JiT-SIZE/PATCH or JiT-SIZE/PATCH-Text with SIZE one of {', '.join(SIZES)}")
-    return match[1], int(match[2]), match[3] is not None
+    family: str
+    size: str
+    patch: int
+    suffix: str
+
+    @property
+    def condition(self) -> str:
+        """What its y is: "labels", "pooled" text, or the text's "tokens"."""
+        return CONDITIONS[self.family, self.suffix]
+
+
+def parse_model_name(name: str) -> ModelName:
+    """Raises: ValueError for a name that no network has."""
+    match = re.fullmatch(r"(\w+)-(\w+)/([1-9]\d*)(-\w+)?", name)
+    known = ModelName(match[1], match[2], int(match[3]), match[4] or "") if match else None
+    if not known or (known.family, known.suffix) not in CONDITIONS or known.size not in SIZES[known.family]:
+        names = [f"{family}-SIZE/PATCH{suffix}" for family, suffix in CONDITIONS]
+        sizes = "; ".join(f"of {family} {', '.join(sizes)}" for family, sizes in SIZES.items())
+        raise ValueError(f"{name!r} is no model; wanted {', '.join(names[:-1])} or {names[-1]}; sizes {sizes}")
+    return known
 
 
 @dataclass(frozen=True)
@@ -105,8 +123,8 @@ class Model(Config):
     name: str = flag(
         "JiT-B/16",
         "model",
-        "`JiT-SIZE/PATCH` or `JiT-SIZE/PATCH-Text`; sizes Nano, Ti, S, B, L, H, G; any patch size",
-        "`JiT-SIZE/PATCH` または `JiT-SIZE/PATCH-Text`。SIZE は Nano、Ti、S、B、L、H、G、パッチサイズは任意です",
+        "`JiT-SIZE/PATCH` for classes, `JiT-SIZE/PATCH-Tokens` or `MMJiT-SIZE/PATCH` for text, `JiT-SIZE/PATCH-Text` for text as one vector; any patch size",
+        "クラスは `JiT-SIZE/PATCH`、テキストは `JiT-SIZE/PATCH-Tokens` か `MMJiT-SIZE/PATCH`、1 ベクトルのテキストは `JiT-SIZE/PATCH-Text`。パッチサイズは任意です",
     )
     img_size: int = flag(
         256, "img_size", "width and height of the pictures, a multiple of the patch size", "画像の縦横のピクセル数。パッチサイズの倍数にします", bounds=POSITIVE
@@ -129,15 +147,21 @@ class Model(Config):
 
     @property
     def is_text(self) -> bool:
-        return parse_model_name(self.name)[2]
+        return self.condition != "labels"
+
+    @property
+    def condition(self) -> str:
+        return parse_model_name(self.name).condition
 
     def check(self) -> None:
         try:
-            _, patch, _ = parse_model_name(self.name)
+            patch = parse_model_name(self.name).patch
         except ValueError as error:
             raise UserError(f"--model {error}") from error
         smaller = self.img_size // patch * patch or patch
         require(self.img_size % patch == 0, f"--img_size {self.img_size} is not a multiple of the patch size {patch} of --model {self.name}; try {smaller}")
+        dropout = self.attn_dropout or self.proj_dropout
+        require(not dropout or self.name.startswith("JiT"), f"--attn_dropout and --proj_dropout have no effect on --model {self.name}: MM-JiT has no dropout")
 
 
 @dataclass(frozen=True)
@@ -190,6 +214,7 @@ class TextConfig(Config):
         "tokens of a caption that are read; the rest is cut off",
         "キャプションから読み込むトークン数。残りは切り捨てます",
         bounds=AT_LEAST_1,
+        shown="77; 256 for MMJiT",
     )
     layer: str = flag(
         "mean",
@@ -237,9 +262,9 @@ class TextSource(Config):
     norm: str = flag(
         "standardize",
         "text_norm",
-        "`standardize`: text features to mean 0 and variance 1 per dimension over the training captions; or `none`",
-        "`standardize` は学習キャプション全体で各次元を平均 0、分散 1 にします。`none` は何もしません",
-        choices=("none", "standardize"),
+        "`standardize`: text features to mean 0 and variance 1 per dimension over the training captions; `rms`: each to the length √width; or `none`",
+        "`standardize` は学習キャプション全体で各次元を平均 0、分散 1 にします。`rms` は長さを √次元数 にそろえます。`none` は何もしません",
+        choices=("none", "rms", "standardize"),
     )
 
     def check(self) -> None:
@@ -563,6 +588,7 @@ class ReferenceJob:
     device: str
 
 
+LONG_TEXT = 256  # --max_text_len of MMJiT, as released
 TEXT_FLAGS = ("llm_model_name", "max_text_len", "llm_layer", "llm_dtype", "text_norm", "text_cache", "text_cache_dir", "held_out", "missing_captions")
 TEXT_FLAGS += ("eval_captions", "clip_model", "trust_remote_code")
 CONFIGS = (Model, DiffusionConfig, SamplerConfig, TextConfig, TextSource, Data, Train, Averages, Save, Drawing, Eval, Sweep, Run)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from config import DiffusionConfig, SamplerConfig
+from util.text import Y
 
-Net = Callable[[Tensor, Tensor, Tensor], Tensor]
+Net = Callable[[Tensor, Tensor, Y], Tensor]
 VelocityFn = Callable[[Tensor, float], Tensor]
 
 
@@ -38,7 +39,7 @@ def sample_time(normal: Tensor, config: DiffusionConfig) -> Tensor:
     return torch.sigmoid(config.P_mean + config.P_std * normal)
 
 
-def denoising_loss(net: Net, x: Tensor, normal: Tensor, t: Tensor, y: Tensor, config: DiffusionConfig) -> Tensor:
+def denoising_loss(net: Net, x: Tensor, normal: Tensor, t: Tensor, y: Y, config: DiffusionConfig) -> Tensor:
     """x-prediction under the v-loss, mean over pictures and pixels.
 
     Both velocities share the bound on 1 - t, so this is exactly the x-loss weighted by 1 / max(1 - t, t_eps)^2.
@@ -49,7 +50,7 @@ def denoising_loss(net: Net, x: Tensor, normal: Tensor, t: Tensor, y: Tensor, co
     return (velocity(x, z_t, t, config.t_eps) - velocity(x_pred, z_t, t, config.t_eps)).square().mean()
 
 
-def net_velocity(net: Net, y: Tensor, t_eps: float = 0.05) -> VelocityFn:
+def net_velocity(net: Net, y: Y, t_eps: float = 0.05) -> VelocityFn:
     """v_fn(z, t) of the network under condition y; t is one number for the whole batch."""
 
     def v_fn(z: Tensor, t: float) -> Tensor:
@@ -103,7 +104,7 @@ def solve(v_fn: VelocityFn, z: Tensor, method: str, steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(net: Net, normal: Tensor, y: Tensor, y_null: Tensor, diffusion: DiffusionConfig, sampler: SamplerConfig) -> Tensor:
+def sample(net: Net, normal: Tensor, y: Y, y_null: Y, diffusion: DiffusionConfig, sampler: SamplerConfig) -> Tensor:
     """Draw pictures.  normal: (B, 3, H, W), standard normal; y, y_null: (B, ...).  Returns: (B, 3, H, W), about [-1, 1]."""
     v_fn = guided(
         net_velocity(net, y, diffusion.t_eps),

@@ -25,6 +25,7 @@ from util.report import Report
 from util.schedule import Due, Progress, Schedule
 from util.skips import MOST_SKIPS, Skips
 from util.stopping import Stop
+from util.text import Y
 
 # What --generate draws where no --prompt is given, and what every evaluation shows in TensorBoard. Edit freely.
 test_prompts = [
@@ -49,7 +50,7 @@ class Training:
     parallel: Parallel  # the network, as training calls it
     loader: DataLoader
     conditions: Conditions
-    null: Tensor  # theirs, on the device
+    null: Y  # theirs, on the device
     diffusion: DiffusionConfig
     config: Train
     peak_lr: float

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from config import (
+    LONG_TEXT,
     NEIGHBOURHOOD,
     SEVERAL,
     Averages,
@@ -116,12 +117,13 @@ class DrawingFlags(Config):
 
 @dataclass(frozen=True)
 class CacheFlags(Config):
-    text_pooling: str = flag(
-        "mean",
+    text_pooling: str | None = flag(
+        None,
         "text_pooling",
-        "one vector a caption, which training reads, or the states of all its tokens",
-        "キャプションごとに 1 ベクトル（学習で使う形）か、全トークンの状態",
+        "one vector a caption, or the states of all its tokens",
+        "キャプションごとに 1 ベクトルか、全トークンの状態",
         choices=("mean", "tokens"),
+        shown="what --model reads",
     )
 
 
@@ -276,7 +278,7 @@ def job_of(given: Mapping[str, Any]) -> Job:
         "model": model,
         "diffusion": build(DiffusionConfig, given),
         "data": build(Data, given),
-        "text": build(TextSource, given) if mode != "train" or model.is_text else None,
+        "text": text_of(model, given) if mode != "train" or model.is_text else None,
         "averages": build(Averages, given),
         "drawing": build(Drawing, given, sampler=build(SamplerConfig, given, cfg_interval=interval_of(given))),
         "run": build(Run, given),
@@ -289,6 +291,13 @@ def job_of(given: Mapping[str, Any]) -> Job:
     if mode == "evaluate_gen":
         return EvaluateJob(evaluation=build(Eval, given, demands="figures"), given=given, **shared)
     return SweepJob(evaluation=build(Eval, given, demands="fid"), sweep=sweep_of(given), given=given, **shared)
+
+
+def text_of(model: Model, given: Mapping[str, Any]) -> TextSource:
+    """What the model reads of a caption; MM-JiT reads longer ones."""
+    longer = {"max_text_len": LONG_TEXT} if model.name.startswith("MMJiT") else {}
+    text = build(TextSource, longer | given)
+    return replace(text, encoder=replace(text.encoder, pooling="tokens" if model.condition == "tokens" else "mean"))
 
 
 def mode_of(given: Mapping[str, Any]) -> str:
@@ -349,7 +358,8 @@ def parse_cache(argv: Sequence[str] | None = None) -> CacheJob:
     job = job_of(given)
     require(job.model.is_text, f"--model {job.model.name} is a class model and has no captions; try --model {job.model.name}-Text")
     require(job.text.cache == "disk", f"--text_cache {job.text.cache} keeps no store that could be made ahead of time; leave it out")
-    text = replace(job.text, encoder=replace(job.text.encoder, pooling=build(CacheFlags, given).text_pooling))
+    pooling = build(CacheFlags, given).text_pooling or job.text.encoder.pooling
+    text = replace(job.text, encoder=replace(job.text.encoder, pooling=pooling))
     return CacheJob(job.model, job.data, text, job.run, tuple(given.get("prompt", ())), given.get("prompts_file"))
 
 
@@ -393,6 +403,8 @@ COLUMNS = {"en": ("flag", "default", "values", "meaning"), "ja": ("フラグ", "
 SHOWN_JA = {
     "on": "有効",
     "all": "すべて",
+    "77; 256 for MMJiT": "77、MMJiT は 256",
+    "what --model reads": "--model が読む形",
     "the data's": "データのもの",
     "the data's own": "データ自身の統計",
     "no clipping": "制限なし",

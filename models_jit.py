@@ -1,7 +1,7 @@
 """JiT, the plain Transformer on pixel patches (Li and He, "Back to Basics", arXiv:2511.13720).
 
 Shapes: B batch, N patches, T = N + context tokens, C width, p patch size, G = image size / p. The state dict's names, shapes and
-layouts are those of the published checkpoints. This file knows no loss, no LLM and no device; text comes in as one vector a picture.
+layouts are those of the published checkpoints. This file knows no loss, no LLM and no device; text comes in as one vector a picture, or as one a token.
 """
 
 from functools import partial
@@ -12,6 +12,7 @@ from timm.layers import AttentionRope, RotaryEmbeddingCat
 from torch import Tensor, nn
 
 from config import parse_model_name
+from util.text import Text
 
 
 class RMSNorm(nn.RMSNorm):
@@ -81,6 +82,18 @@ class TextProjector(nn.Module):
         return self.proj(y)
 
 
+class TokenProjector(nn.Module):
+    """The states of a caption's tokens to the network's width; a learned mask token where there is none."""
+
+    def __init__(self, text_dim: int, width: int):
+        super().__init__()
+        self.proj = nn.Linear(text_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+
+    def forward(self, y: Text) -> Tensor:  # (B, L, text_dim) -> (B, L, C)
+        return torch.where(y.mask[..., None], self.proj(y.states), self.mask_token)
+
+
 class BottleneckPatchEmbed(nn.Module):
     """Patches through a low-rank linear layer, 3 p p -> d' -> C (the paper's section 4.3 and figure 4)."""
 
@@ -143,12 +156,20 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
+    """(B, N, p p 3), each token (row, column, channel) -> (B, 3, H, W)."""
+    p, grid = patch_size, int(tokens.shape[1] ** 0.5)
+    x = tokens.reshape(-1, grid, grid, p, p, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, grid * p, grid * p)
+
+
 class JiT(nn.Module):
     """net(z_t, t, y) -> x_pred: the clean picture, predicted from the noisy one.
 
     y is what the picture is conditioned on: labels (B,) int64, or, with `text_dim`, pooled text features (B, text_dim).
     It is added to the time embedding for adaLN and, repeated, forms the in-context tokens put in front of the patches
-    from block `in_context_start` on. Dropout acts in the middle half of the blocks only.
+    from block `in_context_start` on. With `text_len` too, y is a Text of so many tokens a caption: they are the in-context tokens
+    themselves, and adaLN takes the time alone. Dropout acts in the middle half of the blocks only.
     """
 
     def __init__(
@@ -163,6 +184,7 @@ class JiT(nn.Module):
         proj_drop: float = 0.0,
         num_classes: int = 1000,
         text_dim: int | None = None,
+        text_len: int | None = None,
         bottleneck_dim: int = 128,
         in_context_len: int = 32,
         in_context_start: int = 4,
@@ -171,10 +193,14 @@ class JiT(nn.Module):
         assert input_size % patch_size == 0, f"image size {input_size} is not a multiple of the patch size {patch_size}"
         grid = input_size // patch_size
         self.patch_size, self.in_channels = patch_size, in_channels
-        self.in_context_len, self.in_context_start = in_context_len, in_context_start
+        self.in_context_len, self.in_context_start = text_len or in_context_len, in_context_start
+        in_context_len = self.in_context_len
 
         self.t_embedder = TimeEmbedder(hidden_size)
-        self.y_embedder = TextProjector(text_dim, hidden_size) if text_dim else LabelEmbedder(num_classes, hidden_size)
+        if text_dim is None:
+            self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        else:
+            self.y_embedder = (TokenProjector if text_len else TextProjector)(text_dim, hidden_size)
         self.x_embedder = BottleneckPatchEmbed(patch_size, in_channels, bottleneck_dim, hidden_size)
         self.register_buffer("pos_embed", sincos_table(hidden_size, grid)[None])
         self.in_context_posemb = nn.Parameter(torch.zeros(1, in_context_len, hidden_size))
@@ -199,25 +225,23 @@ class JiT(nn.Module):
             nn.init.normal_(weight, std=0.02)
         if isinstance(self.y_embedder, LabelEmbedder):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        if isinstance(self.y_embedder, TokenProjector):
+            nn.init.normal_(self.y_embedder.mask_token, std=0.02)
         for layer in (*self.blocks, self.final_layer):  # adaLN-Zero, last: nothing above may undo it
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def unpatchify(self, tokens: Tensor) -> Tensor:  # (B, N, p p 3), each token (row, column, channel) -> (B, 3, H, W)
-        p, grid = self.patch_size, int(tokens.shape[1] ** 0.5)
-        x = tokens.reshape(-1, grid, grid, p, p, self.in_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, grid * p, grid * p)
-
-    def forward(self, z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """z_t: (B, 3, H, W); t: (B,) in [0, 1]; y: (B,) labels or (B, text_dim) features.  Returns: x_pred, (B, 3, H, W)."""
-        y = self.y_embedder(y)
-        c = self.t_embedder(t) + y
+    def forward(self, z_t: Tensor, t: Tensor, y: Tensor | Text) -> Tensor:
+        """z_t: (B, 3, H, W); t: (B,) in [0, 1]; y: (B,) labels, (B, text_dim) features or Text.  Returns: x_pred, (B, 3, H, W)."""
+        c, context = self.t_embedder(t), self.y_embedder(y)
+        if context.ndim == 2:  # one vector a picture
+            c, context = c + context, context[:, None]
         x = self.x_embedder(z_t) + self.pos_embed
         for i, block in enumerate(self.blocks):
             if i == self.in_context_start:
-                x = torch.cat([y[:, None] + self.in_context_posemb, x], dim=1)
+                x = torch.cat([context + self.in_context_posemb, x], dim=1)
             x = block(x, c, self.rope)
-        return self.unpatchify(self.final_layer(x[:, self.in_context_len :], c))
+        return unpatchify(self.final_layer(x[:, self.in_context_len :], c), self.patch_size, self.in_channels)
 
 
 # The paper's table 9 for B, L, H, G; Nano, Ti and S are ours, for small data and CPUs.
@@ -234,11 +258,15 @@ SIZES = {
 
 
 def build_model(name: str, **kwargs) -> JiT:
-    """The network called `name`; `kwargs` are JiT's own (a -Text model needs `text_dim`)."""
-    size, patch_size, is_text = parse_model_name(name)
-    if is_text != (kwargs.get("text_dim") is not None):
-        raise ValueError(f"{name} {'needs text_dim, the width of the LLM' if is_text else 'is a class model and takes no text_dim'}")
-    return JiT(patch_size=patch_size, **dict(zip(_COLUMNS, SIZES[size])), **kwargs)
+    """The network called `name`; `kwargs` are JiT's own (a -Text model needs `text_dim`, a -Tokens model `text_len` too)."""
+    known = parse_model_name(name)
+    wanted = {"labels": (), "pooled": ("text_dim",), "tokens": ("text_dim", "text_len")}[known.condition]
+    given = tuple(key for key in ("text_dim", "text_len") if kwargs.get(key) is not None)
+    if given != wanted:
+        raise ValueError(f"{name} takes {' and '.join(wanted) or 'no text_dim'}, the width of the LLM and the tokens of a caption, not {given}")
+    return JiT(patch_size=known.patch, **dict(zip(_COLUMNS, SIZES[known.size])), **kwargs)
 
 
-JiT_models = {name: partial(build_model, name) for text in ("", "-Text") for size in "BLH" for patch in (16, 32) for name in [f"JiT-{size}/{patch}{text}"]}
+JiT_models = {
+    name: partial(build_model, name) for text in ("", "-Text", "-Tokens") for size in "BLH" for patch in (16, 32) for name in [f"JiT-{size}/{patch}{text}"]
+}

@@ -185,7 +185,7 @@ def training_texts(dataset: PictureDataset, planned: Plan | None, subjects: Mapp
 
 def fresh_state(job: TrainJob, text_width: int | None, device: torch.device) -> TrainState:
     """With initial weights."""
-    net = sampling.make_network(job.model, text_width, job.run.seed, device)
+    net = sampling.make_network(job, text_width, device)
     return TrainState(net=net, optimizer=engine.make_optimizer(net, job.train.weight_decay, device), emas=averages_of(net, job.averages))
 
 

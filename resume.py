@@ -256,7 +256,7 @@ def check(saved: Saved, job: Job) -> None:
     if training and saved.world and not saved.anew:
         moments.add("counting")
     name = job.model.name if training else job.given.get("model", look_up(saved.job, "model.name") or Model.name)
-    kind = "text" if parse_model_name(name)[2] else "class"
+    kind = "class" if parse_model_name(name).condition == "labels" else "text"
     if kind == "text" and not saved.text:
         raise UserError(f"--model {name} is a text model, but {saved.path} does not say how its text features were made; is it of a class model?")
     ours = to_plain(job) if training else {}
@@ -319,8 +319,8 @@ def check_data(saved: Saved, world: World, data_path: str) -> None:
 # --- what a run that draws takes from its checkpoint
 
 INHERITED = (  # fields and whole sections that are the checkpoint's where their flags are not given; nothing that runs code, no processes, no device
-    "model", "diffusion", "averages", "data.path", "data.missing", "text.encoder.llm", "text.encoder.max_text_len", "text.encoder.layer", "text.norm",
-    "text.cache", "text.folder", "drawing.weights", "drawing.sampler", "run.seed", "run.precision",
+    "model", "diffusion", "averages", "data.path", "data.missing", "text.encoder.llm", "text.encoder.max_text_len", "text.encoder.layer",
+    "text.encoder.pooling", "text.norm", "text.cache", "text.folder", "drawing.weights", "drawing.sampler", "run.seed", "run.precision",
 )  # fmt: skip
 
 

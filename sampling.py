@@ -4,7 +4,7 @@ The verbs: the solver *samples*, a painter *paints* a batch, *draws* many over a
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import models_jit
+import models_mmjit
 import resume
-from conditioning import FeatureNorm, LabelConditions, expand_null, unchanged
+from conditioning import LabelConditions, expand_null, norm_of, packed
 from config import Averages, Data, DiffusionConfig, Drawing, DrawJob, GenerateJob, Model, Run, SamplerConfig, TextConfig, TextSource, TrainJob
 from datasets.transforms import to_image, to_levels
 from denoiser import Net, sample
-from models_jit import JiT, build_model
 from resume import Weights
 from text_features import PinnedModel
 from util import distributed as dist
@@ -29,6 +30,7 @@ from util.logging import progress
 from util.parallel import in_precision, uses_bf16
 from util.randomness import derive, normal
 from util.sheet import captioned_sheet, save_sheet
+from util.text import PackedText, Text, Y
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Painter:
     """A network with all that drawing takes; picture i depends on seed, i and its condition alone."""
 
     net: Net
-    null: Tensor  # (1, ...)
+    null: Y  # (1, ...)
     img_size: int
     diffusion: DiffusionConfig
     sampler: SamplerConfig
@@ -44,19 +46,19 @@ class Painter:
     device: torch.device
     seed: int = 0
 
-    def paint(self, numbers: Sequence[int], y: Tensor) -> Tensor:
+    def paint(self, numbers: Sequence[int], y: Y | PackedText) -> Tensor:
         """Pictures of those numbers under conditions y, (B, 3, H, W), about [-1, 1]."""
         noise = normal(self.seed, "sample", numbers, (3, self.img_size, self.img_size)).to(self.device)
         y, null = y.to(self.device), self.null.to(self.device)
         return sample(self.net, noise, y, expand_null(null, len(y)), self.diffusion, self.sampler)
 
-    def paint_in_batches(self, numbers: Sequence[int], y_of: Callable[[Sequence[int]], Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    def paint_in_batches(self, numbers: Sequence[int], y_of: Callable[[Sequence[int]], Y | PackedText]) -> Iterator[tuple[list[int], Tensor]]:
         """Those pictures, `batch_size` at a time: their numbers and (B, 3, H, W) uint8 on the CPU.  y_of: numbers -> conditions (B, ...)."""
         for start in range(0, len(numbers), self.batch_size):
             part = list(numbers[start : start + self.batch_size])
             yield part, to_levels(self.paint(part, y_of(part)))
 
-    def draw(self, y_of: Callable[[Sequence[int]], Tensor], count: int, what: str) -> Iterator[tuple[list[int], Tensor]]:
+    def draw(self, y_of: Callable[[Sequence[int]], Y | PackedText], count: int, what: str) -> Iterator[tuple[list[int], Tensor]]:
         """This rank's share of pictures 0 .. count - 1: their numbers and (B, 3, H, W) uint8 on the CPU.
 
         y_of: numbers -> conditions (B, ...).  A progress bar stands on rank 0.
@@ -68,28 +70,32 @@ class Painter:
                 bar.update(len(numbers))
 
 
-def make_network(model: Model, text_width: int | None, seed: int, device: torch.device) -> JiT:
-    """With the initial weights that follow from the seed."""
-    torch.manual_seed(derive(seed, "initial weights", 0))
-    net = build_model(
+def make_network(job: TrainJob | DrawJob, text_width: int | None, device: torch.device) -> nn.Module:
+    """With the initial weights that follow from the seed.  text_width: of a text model's features."""
+    model = job.model
+    torch.manual_seed(derive(job.run.seed, "initial weights", 0))
+    if model.name.startswith("MMJiT"):
+        return models_mmjit.build_model(model.name, input_size=model.img_size, text_dim=text_width).to(device)
+    net = models_jit.build_model(
         model.name,
         input_size=model.img_size,
         attn_drop=model.attn_dropout,
         proj_drop=model.proj_dropout,
         num_classes=model.class_num,
         text_dim=text_width,
+        text_len=job.text.encoder.max_text_len if model.condition == "tokens" else None,
     )
     return net.to(device)
 
 
-def make_painter(job: TrainJob | DrawJob, net: nn.Module, null: Tensor, device: torch.device) -> Painter:
+def make_painter(job: TrainJob | DrawJob, net: nn.Module, null: Y, device: torch.device) -> Painter:
     call = in_precision(net, device, uses_bf16(job.run.precision, device))
     return Painter(call, null, job.model.img_size, job.diffusion, job.drawing.sampler, job.drawing.batch_size, device, job.run.seed)
 
 
 def restored(job: DrawJob, saved: resume.Saved, text_width: int | None, device: torch.device) -> Weights:
     """The weights of a checkpoint, in a network of their own; the checkpoint is closed."""
-    net = make_network(job.model, text_width, job.run.seed, device)
+    net = make_network(job, text_width, device)
     weights = Weights(net=net, emas=averages_of(net, job.averages))
     resume.restore_weights(saved, weights)
     saved.close()
@@ -117,7 +123,7 @@ def save_pictures(folder: Path, numbers: Sequence[int], pictures: Tensor, digits
         to_image(picture).save(folder / f"{i:0{digits}d}.png")
 
 
-def generate(painter: Painter, y: Tensor, prompts: Sequence, folder: Path) -> Path:
+def generate(painter: Painter, y: Tensor | PackedText, prompts: Sequence, folder: Path) -> Path:
     """Draw each prompt into folder/NNNN.png, and all of them on folder/sheet.png.  Collective.
 
     Args: y: (prompts, ...), their conditions.  Returns: the sheet's path.
@@ -134,7 +140,7 @@ def generate(painter: Painter, y: Tensor, prompts: Sequence, folder: Path) -> Pa
     return folder / "sheet.png"
 
 
-def draw_sheet(painter: Painter, y: Tensor, prompts: Sequence) -> np.ndarray:
+def draw_sheet(painter: Painter, y: Tensor | PackedText, prompts: Sequence) -> np.ndarray:
     """The prompts' pictures as one captioned sheet, (H, W, 3) uint8.  Collective.  y: (prompts, ...)."""
     drawn = list(painter.draw(lambda numbers: y[numbers], len(prompts), "test prompts"))
     empty = torch.empty(0, 3, painter.img_size, painter.img_size, dtype=torch.uint8)
@@ -154,24 +160,30 @@ class LoadedPainter:
     weights: Weights
     text: dict[str, Any]  # how the text features were made; nothing for a class model
     device: torch.device
-    norm: Callable[[Tensor], Tensor] = field(init=False)
-
-    def __post_init__(self):
-        self.norm = FeatureNorm(self.text["mean"], self.text["std"]) if "mean" in self.text else unchanged
 
     @cached_property
     def encoder(self):
         return PinnedModel(self.job.text.encoder, self.text, {}, self.device).load()
 
-    def condition(self, prompts: Sequence[str] | Sequence[int]) -> Tensor:
+    def condition(self, prompts: Sequence[str] | Sequence[int]) -> Tensor | PackedText:
         """y of prompts, as a text store would hold it: through float16."""
         if not self.job.text:
             return torch.tensor(as_prompts(self.job.model, prompts, ()), dtype=torch.long)
-        return self.norm(self.encoder.encode_all(list(prompts))["features"].float())
+        arrays, norm, config = self.encoder.encode_all(list(prompts)), norm_of(self.text), self.job.text.encoder
+        if config.pooling == "tokens":
+            return packed(arrays["features"], arrays["offsets"].diff(), config.max_text_len, norm)
+        return norm(arrays["features"].float())
+
+    @cached_property
+    def null(self) -> Y:
+        if not self.job.text:
+            return LabelConditions(self.job.model.class_num).null
+        config = self.job.text.encoder
+        return Text.null(config.max_text_len, self.text["width"]) if config.pooling == "tokens" else self.condition([""])
 
     @cached_property
     def painter(self) -> Painter:
-        null = self.condition([""]) if self.job.text else LabelConditions(self.job.model.class_num).null
+        null = self.null
         return make_painter(self.job, self.weights.net, null, self.device)
 
     def __call__(self, prompts: Sequence[str] | Sequence[int], sampler: SamplerConfig | None = None, seed: int = 0, first: int = 0) -> Tensor:

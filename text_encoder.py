@@ -111,6 +111,11 @@ class TextEncoder:
         ids, mask = self.tokenize(captions)
         return self.pooled(self.states(ids, mask), mask)
 
+    def encode_tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """States (B, L, width) float32 and mask (B, L) bool, on the encoder's device; L is the longest caption's."""
+        ids, mask = self.tokenize(captions)
+        return self.states(ids, mask), mask.to(self.device).bool()
+
     def encode_all(self, captions: Sequence[str], batch_size: int = 64) -> dict[str, Tensor]:
         """Features as they are stored, on the CPU, a function of `captions` alone, in batches of like length.
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conditioning import Conditioning, FeatureNorm, LiveText, StoredText, unchanged
+from conditioning import Conditioning, FeatureNorm, LiveText, LiveTokens, StoredText, StoredTokens, norm_of, packed
 from config import DrawJob, TextConfig, TextSource, TrainJob
 from text_encoder import LanguageModel, TextEncoder, normalize, usual_dtype
 from util import distributed as dist
@@ -28,7 +28,10 @@ from util.feature_store import FeatureRows, FeatureStore
 from util.files import writable_folder
 from util.logging import progress, say
 
-SAMPLE = 4096  # captions that --text_cache off measures lengths and statistics on
+SAMPLE = 4096  # captions that --text_cache off measures lengths and statistics on, and whose tokens say how large a store of tokens will be
+MUCH_TEXT = 65536  # captions whose tokens the statistics are taken of
+MUCH_CUT = 0.05  # share of captions cut at --max_text_len that is called out
+MUCH_DISK = 0.5  # share of the free disk that a store may take in silence
 PATIENCE = 300  # seconds for a model's description; a minute hashes a 13b's files
 
 
@@ -90,7 +93,13 @@ def in_memory(encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray) -> F
     """Features of all `texts` on every rank.  Collective."""
     mine = [arrays for _, arrays in encode_shares(encoder, texts, keys, disk.first_of_each(keys))]
     mine.append({"keys": disk.key_array(keys[:0]), **encoder.encode_all([])})  # a rank may have no share
-    return FeatureRows([{name: dist.gather_rows(torch.cat([arrays[name] for arrays in mine])).numpy() for name in mine[0]}])
+    for arrays in mine:
+        if "offsets" in arrays:  # of a part; told by what they enclose while the parts are joined
+            arrays["offsets"] = arrays["offsets"].diff()
+    found = {name: dist.gather_rows(torch.cat([arrays[name] for arrays in mine])) for name in mine[0]}
+    if "offsets" in found:
+        found["offsets"] = torch.cat([torch.zeros(1, dtype=torch.long), found["offsets"].cumsum(0)])
+    return FeatureRows([{name: values.numpy() for name, values in found.items()}])
 
 
 def describe_lengths(lengths: np.ndarray, limit: int) -> str:
@@ -129,12 +138,17 @@ def check_saved(saved: Mapping[str, Any], description: Mapping[str, Any]) -> Non
             raise UserError(f"the checkpoint's text features were made with {name} {found}, this run's with {value}; see --llm_model_name and its neighbours")
 
 
-def norm_of(features: FeatureRows, rows: np.ndarray, saved: Mapping[str, Any]) -> FeatureNorm:
-    """The checkpoint's, or that of all training captions.  Collective."""
+def statistics_of(features: FeatureRows, rows: np.ndarray, source: TextSource, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What --text_norm needs to know: the checkpoint's, or that of the training captions at `rows`.  Collective."""
+    if source.norm != "standardize":
+        return {}
     if "mean" in saved:
-        return FeatureNorm(saved["mean"].clone(), saved["std"].clone())
-    mine = rows[dist.rank() :: dist.world_size()]
-    return FeatureNorm.of((features(mine[start : start + 1024]) for start in range(0, len(mine), 1024)), features.width)
+        return {"mean": saved["mean"].clone(), "std": saved["std"].clone()}
+    tokens = source.encoder.pooling == "tokens"
+    mine = (rows[evenly(len(rows), MUCH_TEXT)] if tokens else rows)[dist.rank() :: dist.world_size()]
+    blocks = (mine[start : start + 1024] for start in range(0, len(mine), 1024))
+    norm = FeatureNorm.of((features.tokens(block)[0] if tokens else features(block) for block in blocks), features.width)
+    return {"mean": norm.mean, "std": norm.std}
 
 
 def describe(config: TextConfig) -> dict[str, Any]:
@@ -230,9 +244,10 @@ def stored_manifest(folder: Path) -> dict[str, Any]:
 
 def store_folder(source: TextSource, data_path: str, output_dir: str) -> Path:
     """--text_cache_dir, else beside the data; in output_dir where nothing can be written there and no store is there yet."""
-    beside = Path(data_path) / "text_cache"
+    name = "text_cache_tokens" if source.encoder.pooling == "tokens" else "text_cache"
+    beside = Path(data_path) / name
     usable = beside.is_dir() or os.access(data_path, os.W_OK)
-    return Path(source.folder or (beside if usable else Path(output_dir) / "text_cache"))
+    return Path(source.folder or (beside if usable else Path(output_dir) / name))
 
 
 def source_of(job: TrainJob | DrawJob, any_captions: bool) -> TextSource:
@@ -274,14 +289,16 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
     own, other_rows, prompt_rows, null_row = np.split(rows, [len(texts.training_lines), len(texts.lines), len(rows) - 1])
     say_lengths(features, np.unique(own), np.unique(rows), source.encoder.max_text_len)
 
-    norm = norm_of(features, np.unique(own), saved) if source.norm == "standardize" else unchanged
-    statistics = {"mean": norm.mean, "std": norm.std} if source.norm == "standardize" else {}
+    statistics = statistics_of(features, np.unique(own), source, saved)
     description = {**model.description, "width": features.width, "text_norm": source.norm, **statistics}
-    null = norm(features(null_row))
-    if source.cache == "off":
-        conditions = LiveText(encoder, texts.captions, null, norm)
+    norm, length = norm_of(description), source.encoder.max_text_len
+    row_of = np.full(len(texts.captions), -1)
+    row_of[texts.training_lines], row_of[texts.other_lines] = own, other_rows
+    if source.encoder.pooling == "tokens":
+        conditions = LiveTokens(encoder, texts.captions, length, norm) if source.cache == "off" else StoredTokens(features, row_of, length, norm)
+        prompts = packed(*features.tokens(prompt_rows), length, norm)
     else:
-        row_of = np.full(len(texts.captions), -1)
-        row_of[texts.training_lines], row_of[texts.other_lines] = own, other_rows
-        conditions = StoredText(features, row_of, null, norm)
-    return Conditioning(conditions, norm(features(prompt_rows)), description, features.width, frozen)
+        null = norm(features(null_row))
+        conditions = LiveText(encoder, texts.captions, null, norm) if source.cache == "off" else StoredText(features, row_of, null, norm)
+        prompts = norm(features(prompt_rows))
+    return Conditioning(conditions, prompts, description, features.width, frozen)

@@ -63,7 +63,7 @@ def test_each_mode_is_a_job_of_its_own():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--model", "JiT-B16"], "'JiT-B16' is not a JiT"),
+        (["--model", "JiT-B16"], "'JiT-B16' is no model"),
         (["--img_size", "250"], "--img_size 250 is not a multiple of the patch size 16 .* try 240"),
         (["--use_text_conditioning"], "try --model JiT-B/16-Text"),
         ([*TEXT, "--no-freeze_llm"], "always frozen"),

@@ -11,7 +11,7 @@ FLOORS = {
     5: ("main_jit", "cache_text", "prepare_ref"),
     4: ("flags", "prepare", "evaluation"),
     3: ("engine_jit", "sampling", "text_features"),
-    2: ("resume", "conditioning", "text_encoder", "datasets", "denoiser", "models_jit"),
+    2: ("resume", "conditioning", "text_encoder", "datasets", "denoiser", "models_jit", "models_mmjit"),
     1: ("config", "util"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
@@ -47,7 +47,8 @@ def test_imports_close_no_circle():
 
 
 def test_the_network_knows_no_loss_and_no_llm_and_the_method_no_network():
-    assert imports_of("models_jit") == imports_of("denoiser") == {"config"}
+    assert imports_of("models_jit") == imports_of("denoiser") == {"config", "util.text"}
+    assert imports_of("models_mmjit") == {"config", "models_jit", "util.text"} and imports_of("util.text") == set()
     assert imports_of("config") == {"util.errors"} and imports_of("flags") == {"config", "util.errors"}
 
 
@@ -70,7 +71,7 @@ def functions(name: str):
             yield node.name, len([arg for arg in (*given.posonlyargs, *given.args, *given.kwonlyargs) if arg.arg not in ("self", "cls")])
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "models_jit"])
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ("models_jit", "models_mmjit")])
 def test_no_function_takes_more_than_six_parameters(name):
     assert {function: count for function, count in functions(name) if count > 6} == {}
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import wake
 
+import models_mmjit
 from config import SIZES as NAMES
 from config import SOLVERS, parse_model_name
 from denoiser import SOLVERS as STEPS
@@ -16,6 +17,8 @@ COUNTS = {  # millions of trained parameters, 1000 classes or an LLM 3072 wide
     "JiT-B/16": 131.12, "JiT-B/32": 133.19, "JiT-L/16": 458.88, "JiT-L/32": 461.53, "JiT-H/16": 952.51, "JiT-H/32": 956.06,
     "JiT-B/16-Text": 132.72, "JiT-B/32-Text": 134.78, "JiT-L/16-Text": 461.00, "JiT-L/32-Text": 463.66, "JiT-H/16-Text": 955.17,
     "JiT-H/32-Text": 958.71,
+    "JiT-B/16-Tokens": 132.75, "JiT-B/32-Tokens": 134.82, "JiT-L/16-Tokens": 461.05, "JiT-L/32-Tokens": 463.70, "JiT-H/16-Tokens": 955.23,
+    "JiT-H/32-Tokens": 958.77,
 }  # fmt: skip
 
 
@@ -28,20 +31,22 @@ def nano(text: bool = False, **kwargs):
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name, monkeypatch):
     monkeypatch.setattr("models_jit.JiT.initialize_weights", lambda self: None)
-    _, patch, text = parse_model_name(name)
+    known = parse_model_name(name)
+    text = {"labels": {}, "pooled": {"text_dim": 3072}, "tokens": {"text_dim": 3072, "text_len": 77}}[known.condition]
     with torch.device("meta"):
-        net = JiT_models[name](input_size=16 * patch, **({"text_dim": 3072} if text else {}))
+        net = JiT_models[name](input_size=16 * known.patch, **text)
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(COUNTS[name], abs=0.005)
 
 
-def test_twelve_models_and_any_patch_size():
+def test_the_papers_models_and_any_patch_size():
     assert set(JiT_models) == set(COUNTS)
-    assert parse_model_name("JiT-G/14-Text") == ("G", 14, True)
-    for wrong in ("JiT-B16", "JiT-X/16", "JiT-B/0", "JiT-B/16-text", "jit-B/16"):
+    assert parse_model_name("JiT-G/14-Text") == ("JiT", "G", 14, "-Text")
+    for wrong in ("JiT-B16", "JiT-X/16", "JiT-B/0", "JiT-B/16-text", "jit-B/16", "MMJiT-G/16", "JiT-M/16", "MMJiT-B/16-Text", "JiT-B/16-AdaLN"):
         with pytest.raises(ValueError, match="JiT-SIZE/PATCH"):
             parse_model_name(wrong)
-    with pytest.raises(ValueError, match="text_dim"):
-        build_model("JiT-Nano/4-Text", input_size=16)
+    for name, given in (("JiT-Nano/4-Text", {}), ("JiT-Nano/4-Tokens", {"text_dim": 8}), ("JiT-Nano/4", {"text_dim": 8})):
+        with pytest.raises(ValueError, match="text_dim"):
+            build_model(name, input_size=16, **given)
 
 
 def test_depth_heads_and_context_of_the_papers_sizes():
@@ -198,4 +203,4 @@ def test_context_tokens_are_not_rotated():
 
 
 def test_the_names_that_flags_know_are_those_of_the_code():
-    assert tuple(SIZES) == NAMES and tuple(STEPS) == SOLVERS
+    assert tuple(SIZES) == NAMES["JiT"] and tuple(models_mmjit.SIZES) == NAMES["MMJiT"] and tuple(STEPS) == SOLVERS

@@ -157,10 +157,9 @@ class FeatureRows:
         return torch.from_numpy(chosen).float()
 
     def tokens(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """States of all valid tokens, padded: (B, L, width) float32, and their mask (B, L) bool."""
+        """States of all valid tokens, caption after caption, (tokens, width) float16, and how many are each caption's, (B,)."""
         found = [torch.from_numpy(shard["features"][slice(*shard["offsets"][row : row + 2])]) for shard, row in self._places(rows)]
-        mask = torch.arange(max(map(len, found))) < torch.tensor([len(states) for states in found])[:, None]
-        return torch.nn.utils.rnn.pad_sequence(found, batch_first=True).float(), mask
+        return torch.cat([torch.empty(0, self.width, dtype=torch.float16), *found]), torch.tensor([len(states) for states in found], dtype=torch.long)
 
 
 class FeatureStore(FeatureRows):

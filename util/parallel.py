@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util import distributed as dist
+from util.text import Y
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
@@ -16,15 +17,15 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Y, device: torch.device) -> Y:
     """Copy a small tensor without waiting for the GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def in_precision(net: nn.Module, device: torch.device, bf16: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def in_precision(net: nn.Module, device: torch.device, bf16: bool) -> Callable[[Tensor, Tensor, Y], Tensor]:
     """The network under bf16 autocast, or as it is; weights, z_t and t stay float32 either way."""
 
-    def call(z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def call(z_t: Tensor, t: Tensor, y: Y) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return net(z_t, t, y)
 
@@ -46,7 +47,7 @@ class Parallel:
         self.net, self.device, self.bf16 = wrap(net, device), device, bf16
         self.call = in_precision(self.net, device, bf16)
 
-    def __call__(self, z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, z_t: Tensor, t: Tensor, y: Y) -> Tensor:
         return self.call(z_t, t, y)
 
     def keeps_gradients(self, when: bool) -> AbstractContextManager:

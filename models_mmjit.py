@@ -1,0 +1,218 @@
+"""MM-JiT: JiT with the caption's tokens in joint attention (MiniT2I, the blog and code of JiT's authors of June 2026; names of the released files).
+
+Two streams, text and picture, meet in every block's attention, each with weights of its own. There is no time and no adaLN: the network reads the
+noise level from the picture. Shapes: B batch, L text tokens, N patches, C width, D head width, p patch size, G = image size / p.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import parse_model_name
+from models_jit import BottleneckPatchEmbed, RMSNorm, TimeEmbedder, adaln, modulate, sincos_table, unpatchify
+from util.text import Text
+
+
+def text_angles(length: int, head_width: int) -> Tensor:
+    """(L, D / 2): index * 10000^(-2 j / D)."""
+    return torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, head_width, 2) / head_width)
+
+
+def picture_angles(grid: int, head_width: int) -> Tensor:
+    """(G * G, D / 2), row-major: those of the row, then those of the column."""
+    frequencies = 10000.0 ** (-torch.arange(0, head_width // 2, 2) / (head_width // 2))
+    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    return torch.cat([index.flatten()[:, None] * frequencies for index in (row, column)], dim=1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """RoPE on pairs (j, j + D / 2).  x: (B, heads, T, D); angles: (T, D / 2), float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, width: int, ratio: float):
+        super().__init__()
+        hidden = -(-int(width * ratio) // 8) * 8
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Attention(nn.Module):
+    """Base of the blocks: q and k normalised and rotated.  Nothing is masked, so every kernel of fused attention will do."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_norm = RMSNorm(width // num_heads)
+        self.k_norm = RMSNorm(width // num_heads)
+
+    def attend(self, qkv: Tensor, angles: Tensor) -> Tensor:  # (B, T, 3 C) -> (B, T, C)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class TextBlock(Attention):
+    """A plain pre-norm block on the text alone."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float):
+        super().__init__(width, num_heads)
+        self.norm1 = RMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attn_proj = nn.Linear(width, width)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, mlp_ratio)
+
+    def forward(self, text: Tensor, angles: Tensor) -> Tensor:  # (B, L, C), (L, D / 2) -> (B, L, C)
+        text = text + self.attn_proj(self.attend(self.qkv(self.norm1(text)), angles))
+        return text + self.mlp(self.norm2(text))
+
+
+class DoubleBlock(Attention):
+    """Joint attention over [text, picture], and an MLP for each.  The last block's text goes nowhere and is not made.
+
+    With `timed` the picture's stream is under adaLN-Zero from the time, as JiT's is.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, last: bool, timed: bool):
+        super().__init__(width, num_heads)
+        self.last = last
+        for stream in ("img",) if last else ("img", "txt"):
+            setattr(self, f"{stream}_attn_proj", nn.Linear(width, width))
+            setattr(self, f"{stream}_norm2", RMSNorm(width))
+            setattr(self, f"{stream}_mlp", SwiGLU(width, mlp_ratio))
+        for stream in ("img", "txt"):
+            setattr(self, f"{stream}_norm1", RMSNorm(width))
+            setattr(self, f"{stream}_qkv", nn.Linear(width, 3 * width))
+        self.adaLN_modulation = adaln(width, 6) if timed else None
+
+    def forward(self, text: Tensor, x: Tensor, c: Tensor | None, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """text: (B, L, C); x: (B, N, C); c: (B, C), the time; angles: (L + N, D / 2).  Returns: text and x."""
+        length = text.shape[1]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1) if self.adaLN_modulation else [None] * 6
+        qkv = torch.cat([self.txt_qkv(self.txt_norm1(text)), self.img_qkv(modulated(self.img_norm1(x), shift1, scale1))], dim=1)
+        seen = self.attend(qkv, angles)
+        x = x + gated(self.img_attn_proj(seen[:, length:]), gate1)
+        x = x + gated(self.img_mlp(modulated(self.img_norm2(x), shift2, scale2)), gate2)
+        if not self.last:
+            text = text + self.txt_attn_proj(seen[:, :length])
+            text = text + self.txt_mlp(self.txt_norm2(text))
+        return text, x
+
+
+def modulated(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    return x if shift is None else modulate(x, shift, scale)
+
+
+def gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    return x if gate is None else gate[:, None] * x
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, out_dim: int, timed: bool):
+        super().__init__()
+        self.norm_final = RMSNorm(width)
+        self.linear = nn.Linear(width, out_dim)
+        self.adaLN_modulation = adaln(width, 2) if timed else None
+
+    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:  # (B, N, C), (B, C) -> (B, N, p p 3)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1) if self.adaLN_modulation else (None, None)
+        return self.linear(modulated(self.norm_final(x), shift, scale))
+
+
+class MMJiT(nn.Module):
+    """net(z_t, t, y) -> x_pred: the clean picture, predicted from the noisy one and a caption's tokens.
+
+    Where a caption has no token, and everywhere for the null, the learned mask token stands in, and is attended to. The time t is not used but with `timed`.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 512,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        hidden_size: int = 768,
+        depth: int = 17,
+        text_blocks: int = 2,
+        num_heads: int = 12,
+        mlp_ratio: float = 2.6667,
+        text_dim: int = 1024,
+        bottleneck_dim: int = 128,
+        timed: bool = False,
+    ):
+        super().__init__()
+        assert input_size % patch_size == 0, f"image size {input_size} is not a multiple of the patch size {patch_size}"
+        grid, self.head_width = input_size // patch_size, hidden_size // num_heads
+        self.patch_size, self.in_channels = patch_size, in_channels
+        self.img_embedder = BottleneckPatchEmbed(patch_size, in_channels, bottleneck_dim, hidden_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, text_dim))
+        self.txt_embedder = nn.Linear(text_dim, hidden_size, bias=False)
+        self.t_embedder = TimeEmbedder(hidden_size) if timed else None
+        self.register_buffer("pos_embed", sincos_table(hidden_size, grid)[None], persistent=False)
+        self.register_buffer("angles", picture_angles(grid, self.head_width), persistent=False)
+        self.txt_preamble_blocks = nn.ModuleList(TextBlock(hidden_size, num_heads, mlp_ratio) for _ in range(text_blocks))
+        self.double_blocks = nn.ModuleList(DoubleBlock(hidden_size, num_heads, mlp_ratio, i == depth - 1, timed) for i in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels, timed)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        if self.t_embedder:
+            for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+                nn.init.normal_(layer.weight, std=0.02)
+            for layer in (*self.double_blocks, self.final_layer):
+                nn.init.zeros_(layer.adaLN_modulation[1].weight)
+
+    @property
+    def y_embedder(self) -> nn.Module:
+        """Where the text comes in, by the name that it has in JiT."""
+        return self.txt_embedder
+
+    def embed_text(self, y: Text) -> tuple[Tensor, Tensor]:
+        """The caption before it meets the picture: (B, L, C), and its angles."""
+        angles = text_angles(y.mask.shape[1], self.head_width).to(y.mask.device)
+        text = self.txt_embedder(torch.where(y.mask[..., None], y.states, self.mask_token))
+        for block in self.txt_preamble_blocks:
+            text = block(text, angles)
+        return text, angles
+
+    def forward(self, z_t: Tensor, t: Tensor, y: Text) -> Tensor:
+        """z_t: (B, 3, H, W); t: (B,), in [0, 1]; y: (B, L, text_dim).  Returns: x_pred, (B, 3, H, W)."""
+        text, text_places = self.embed_text(y)
+        c = self.t_embedder(t) if self.t_embedder else None
+        x, angles = self.img_embedder(z_t) + self.pos_embed, torch.cat([text_places, self.angles])
+        for block in self.double_blocks:
+            text, x = block(text, x, c, angles)
+        return unpatchify(self.final_layer(x, c), self.patch_size, self.in_channels)
+
+
+# B, M, L and XL are the released ones and their paper's; Nano, Ti and S are ours, for small data and CPUs.
+_COLUMNS = ("hidden_size", "depth", "num_heads", "mlp_ratio", "bottleneck_dim")
+SIZES = {
+    "Nano": (128, 6, 4, 2.6667, 32),
+    "Ti": (192, 12, 3, 2.6667, 32),
+    "S": (384, 12, 6, 2.6667, 64),
+    "B": (768, 17, 12, 2.6667, 128),
+    "M": (1024, 22, 16, 2.6667, 128),
+    "L": (1248, 23, 24, 2.7, 128),
+    "XL": (1536, 33, 24, 2.6667, 128),
+}
+
+
+def build_model(name: str, **kwargs) -> MMJiT:
+    """The network called `name`; `kwargs` are MMJiT's own."""
+    known = parse_model_name(name)
+    return MMJiT(patch_size=known.patch, timed=known.suffix == "-AdaLN", **dict(zip(_COLUMNS, SIZES[known.size])), **kwargs)
