@@ -149,6 +149,7 @@ class Conditioning:
     description: dict[str, Any] | None = None  # goes into the checkpoint of a text model
     width: int | None = None  # of text features
     frozen: int = 0  # parameters of the LLM
+    bytes_each: int = 8  # of a row on its way from a loader's process
 
 
 def of_labels(num_classes: int, prompts: Sequence[int]) -> Conditioning:

@@ -1,5 +1,6 @@
 """From a job to the objects that do it, the cheap and the fallible first: what is wrong is told before anything takes time."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,10 +200,23 @@ class TrainingRun:
     writer: checkpoint.Writer
 
 
+def check_shared_memory(job: TrainJob, conditions: Conditioning) -> None:
+    """Calls out batches on their way from the loader's processes that will not fit where they travel."""
+    travels, count = conditions.bytes_each if conditions.conditions.in_loader else 8, workers(job.data)
+    batches = 2 * count * job.train.batch_size * (3 * job.model.img_size**2 + travels)
+    room = Path("/dev/shm")
+    if room.is_dir() and batches > (free := shutil.disk_usage(room).free):
+        say(
+            f"warning: {2 * count} batches on their way take {batches / 1e9:.1f} GB, and {room} has {free / 1e9:.1f} GB free; loader processes would die. "
+            "Lower --num_workers or --batch_size, or enlarge it (docker run --shm-size)"
+        )
+
+
 def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
     """Says what the run is.  Collective."""
     shares, state, conditions, position = prepared.shares, prepared.state, prepared.studio.conditions, prepared.progress
     device, world, folder = prepared.studio.painter.device, shares.world, Path(job.run.output_dir)
+    check_shared_memory(job, conditions)
     steps, bf16, train = world.steps_per_epoch, uses_bf16(job.run.precision, device), job.train
     trained = sum(p.numel() for p in state.net.parameters() if p.requires_grad)
     for line in first_lines(job, Sizes(trained, conditions.frozen, len(shares.pictures), len(shares.held_out), steps, workers(job.data)), device, bf16):

@@ -114,6 +114,11 @@ def describe_lengths(lengths: np.ndarray, limit: int) -> str:
     return f"tokens a caption: {', '.join(shares)}; longest {lengths.max()}; {cut:.2%} are cut at --max_text_len {limit}"
 
 
+def enough_for(lengths: np.ndarray, share: float = 0.01) -> int:
+    """The smallest --max_text_len that cuts less than `share` of them."""
+    return int(np.quantile(lengths, 1 - share, method="higher"))
+
+
 def evenly(count: int, wanted: int) -> np.ndarray:
     """`wanted` numbers of 0 .. count - 1, evenly spread; all of them where there are not more."""
     return np.arange(count) if count <= wanted else np.linspace(0, count - 1, wanted).astype(np.int64)
@@ -199,10 +204,7 @@ def fill_store(folder: Path, model: PinnedModel, texts: Texts, keys: np.ndarray,
     encoder = model.load()
     if dist.is_main():
         disk.remove_stale(folder)
-        needed, free = len(missing) * (2 * encoder.width + 25), shutil.disk_usage(folder).free
-        if needed > free:
-            sizes = f"the features of {len(missing)} captions take {needed / 1e6:.1f} MB at least, and {free / 1e6:.1f} MB are free"
-            raise UserError(f"--text_cache_dir {folder}: {sizes}; make room, or name another folder")
+        check_room(folder, encoder, texts, missing)
         if disk.read_manifest(folder) is None:
             disk.write_manifest(folder, {**model.description, "stored": "float16", "width": encoder.width, "parameters": encoder.parameters})
     dist.barrier()
@@ -211,6 +213,29 @@ def fill_store(folder: Path, model: PinnedModel, texts: Texts, keys: np.ndarray,
     for part, arrays in encode_shares(encoder, texts, keys, missing, lambda part: (folder / disk.shard_name(part)).exists()):
         disk.write_shard(folder / disk.shard_name(part), manifest, arrays)
     dist.barrier()
+
+
+def check_room(folder: Path, encoder: TextEncoder, texts: Texts, missing: np.ndarray) -> None:
+    """What the features of texts[missing] will take.  Raises: UserError where the disk has no room for them."""
+    tokens, remedies = 1.0, "make room, or name another folder"
+    if encoder.config.pooling == "tokens":
+        sample = [texts[i] for i in missing[evenly(len(missing), SAMPLE)]]
+        tokens = sum(map(len, encoder.token_ids(sample, encoder.config.max_text_len))) / len(sample)
+        remedies += "; or encode in every step (--text_cache off), take a smaller --llm_model_name, or a shorter --max_text_len"
+    each = 2 * encoder.width * tokens + 25
+    needed, free = len(missing) * each, shutil.disk_usage(folder).free
+    sizes = f"the features of {len(missing)} captions take {size_of(needed)} ({each:,.0f} bytes each), and {size_of(free)} are free"
+    if needed > free:
+        raise UserError(f"--text_cache_dir {folder}: {sizes}; {remedies}")
+    if needed > MUCH_DISK * free:
+        say(f"warning: text store {folder}: {sizes}; {remedies}")
+    elif encoder.config.pooling == "tokens":
+        say(f"text store {folder}: {sizes}")
+
+
+def size_of(count: float) -> str:
+    """A number of bytes."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def from_disk(folder: Path, model: PinnedModel, manifest: Mapping[str, Any], texts: Texts, keys: np.ndarray) -> FeatureStore:
@@ -232,7 +257,10 @@ def from_disk(folder: Path, model: PinnedModel, manifest: Mapping[str, Any], tex
 def say_lengths(features: FeatureRows, own: np.ndarray, rows: np.ndarray, limit: int) -> None:
     """What a user should know of the captions (rows `own`), and of all texts (`rows`)."""
     if len(own):
-        say(f"captions: {len(own)} different ones; {describe_lengths(features.lengths(own), limit)}")
+        lengths = features.lengths(own)
+        say(f"captions: {len(own)} different ones; {describe_lengths(lengths, limit)}")
+        if (cut := (lengths > limit).mean()) > MUCH_CUT:
+            say(f"warning: {cut:.0%} of the captions are cut at --max_text_len {limit}; {enough_for(lengths)} would cut less than 1 %")
     if unknown := features.unknown(rows).sum():
         say(f"warning: {unknown} captions and prompts hold characters that this LLM's tokenizer does not know; captions may look the same to it")
 
@@ -301,4 +329,11 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
         null = norm(features(null_row))
         conditions = LiveText(encoder, texts.captions, null, norm) if source.cache == "off" else StoredText(features, row_of, null, norm)
         prompts = norm(features(prompt_rows))
-    return Conditioning(conditions, prompts, description, features.width, frozen)
+    return Conditioning(conditions, prompts, description, features.width, frozen, bytes_each(features, np.unique(own), source.encoder))
+
+
+def bytes_each(features: FeatureRows, rows: np.ndarray, config: TextConfig) -> int:
+    """What a caption takes on its way from a loader's process, on average."""
+    if config.pooling == "mean" or not len(rows):
+        return 4 * features.width
+    return round(2 * features.width * np.minimum(features.lengths(rows), config.max_text_len).mean())
