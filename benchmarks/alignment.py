@@ -15,15 +15,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from datasets.scenes import Scene, SceneSet, captions, corpus, random_scene, write_scenes
 from demo.scene_judge import judge, rates
-from PIL import Image
 
 BATCH = 64
 EPOCH = 25_000  # pictures: the data holds 64 more, which are held out
 ASPECTS = ("shape", "colour", "binding", "relation", "everything")
 DATA = {"two": SceneSet("two", EPOCH + 64, 32)}
 LENGTHS = {"two": 32}
+PIECES = {"ja": "1", "en": "3"}  # characters at most: an unseen pair is told in seen tokens
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,10 @@ RATES, NOISES = (5e-4, 1e-3, 2e-3), (1.0, 1.5, 2.0)
 
 
 def sweep() -> Iterator[Experiment]:
-    """Learning rate and noise scale of each network, an epoch each."""
-    for noise in NOISES:
-        for lr in RATES:
-            for name, model in NETWORKS.items():
-                yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", model, lr=lr, noise=noise, epochs=1, judged=200)
+    """Learning rate, then noise scale, of each network, an epoch each."""
+    for lr, noise in [*((lr, 1.0) for lr in RATES), *((1e-3, noise) for noise in NOISES[1:])]:
+        for name, model in NETWORKS.items():
+            yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", model, lr=lr, noise=noise, epochs=1, judged=100)
 
 
 GROUPS = {"sweep": tuple(sweep())}
@@ -83,7 +84,7 @@ def make_data(root: Path, name: str) -> tuple[Path, Path]:
     if not (llm / "tokenizer.json").exists():
         text = root / f"corpus-{options.language}.txt"
         text.write_text("\n".join(corpus(options.language)) + "\n", encoding="utf-8")
-        call("-m", "demo.tiny_llm", "--text", str(text), "--out", str(llm), "--longest", "3", "--steps", "1000")
+        call("-m", "demo.tiny_llm", "--text", str(text), "--out", str(llm), "--longest", PIECES[options.language], "--steps", "600")
     return data, llm
 
 

@@ -2,11 +2,14 @@
 
 `python -m demo.tiny_llm --data_path DIR --out DIR` trains it on the captions of a data set. The tokenizer is a Unigram model with
 byte fallback, llm-jp-3's special tokens under its ids, and a BOS put before every text; the model is a LlamaForCausalLM.
+`--text FILE` trains on the lines of a file instead. With short pieces (`--longest`) a token is part of a word and never a phrase, so that a new
+phrase is made of known tokens.
 """
 
 import argparse
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
-from datasets.text_image import TextImageFolder
+from datasets.text_image import TextImageFolder, read_captions
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<MASK|LLM-jp>", "<PAD|LLM-jp>", "<CLS|LLM-jp>", "<SEP|LLM-jp>", "<EOD|LLM-jp>"]
 
@@ -100,13 +103,20 @@ def train_llama(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", type=Path, required=True, help="folder with images/ and captions/")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data_path", type=Path, help="folder with images/ and captions/")
+    source.add_argument("--text", type=Path, help="a file with one text a line instead")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--longest", type=int, default=16, help="characters of the tokenizer's longest pieces")
     args = parser.parse_args()
+    if args.text and not args.text.is_file():
+        sys.exit(f"error: no file {args.text}; --text wants one text a line")
+    if args.longest < 1:
+        sys.exit(f"error: --longest {args.longest}; wanted at least 1")
     torch.manual_seed(0)
-    texts = TextImageFolder(args.data_path).distinct_captions()
-    tokenizer = train_tokenizer(texts)
+    texts = list(dict.fromkeys(read_captions(args.text))) if args.text else TextImageFolder(args.data_path).distinct_captions()
+    tokenizer = train_tokenizer(texts, longest=args.longest)
     llm = build_llama(tokenizer)
     loss = train_llama(llm, tokenizer, texts, args.steps)
     logging.disable_progress_bar()
