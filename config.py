@@ -351,6 +351,12 @@ class Train(Config):
         "ガイダンスのために空の条件に置き換えるキャプションやラベルの割合",
         bounds=SHARE,
     )
+    init_from: str | None = flag(
+        None,
+        "init_from",
+        "checkpoint whose first average a new run begins with; its kind of condition and language model may be others. Optimizer, averages and steps start afresh",
+        "新しい学習の初期重みにするチェックポイント（1 つ目の重み平均を使います）。条件の種類や言語モデルは違ってもかまいません。オプティマイザ、重み平均、ステップ数は最初からです",
+    )
     start_epoch: int | None = flag(None, "start_epoch", "number of the first epoch", "最初のエポックの番号", shown="what the checkpoint says, else 0")
     log_freq: int = flag(100, "log_freq", "steps between lines of the log", "ログの間隔（ステップ数）", bounds=AT_LEAST_1)
 

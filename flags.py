@@ -45,7 +45,7 @@ from config import (
     flag_of,
     require,
 )
-from util.errors import leave
+from util.errors import UserError, leave
 
 DESCRIPTION = """Train, sample and evaluate JiT on captions or class labels. With --generate, --evaluate_gen and --sweep the settings of model, noise, text,
 data and drawing come from the checkpoint where they are not given."""
@@ -284,6 +284,9 @@ def job_of(given: Mapping[str, Any]) -> Job:
         "run": build(Run, given),
     }
     train = build(Train, given)  # its flags are checked in every mode
+    require(mode == "train" or train.init_from is None, "--init_from is for training; to draw with a checkpoint give --resume alone")
+    if train.init_from and given.get("resume", shared["run"].output_dir) != shared["run"].output_dir:
+        raise UserError("--init_from begins a run and --resume goes on with one: give one of them, or --resume with the name of --output_dir")
     if mode == "train":
         return TrainJob(train=train, save=build(Save, given), evaluation=build(Eval, given) if given.get("online_eval") else None, **shared)
     if mode == "generate":

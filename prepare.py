@@ -23,7 +23,9 @@ from evaluation.online import OnlineEvaluation
 from evaluation.plan import Plan, find_requested, plan
 from evaluation.text_gap import TextGap, choose
 from resume import Saved, TrainState, Weights, World
+from text_encoder import alike
 from text_features import Texts, prepare, source_of
+from transfer import check_origin, transfer
 from util import checkpoint
 from util import distributed as dist
 from util.broken import Broken
@@ -47,11 +49,11 @@ def agree_on_data(dataset: PictureDataset | None, saved: Saved | None) -> None:
         )
 
 
-def condition(job: TrainJob | DrawJob, texts: Texts, saved: Saved | None, device: torch.device) -> Conditioning:
-    """What y is of these texts, or of labels.  Collective."""
+def condition(job: TrainJob | DrawJob, texts: Texts, saved: Saved | None, device: torch.device, origin: Saved | None = None) -> Conditioning:
+    """What y is of these texts, or of labels.  origin: the checkpoint of --init_from.  Collective."""
     if not job.text:
         return conditioning.of_labels(job.model.class_num, texts.prompts)
-    found = prepare(source_of(job, len(texts.captions) > 0), texts, saved.text if saved else {}, device)
+    found = prepare(source_of(job, len(texts.captions) > 0), texts, saved.text if saved else {}, device, origin.text if origin else None)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the LLM took
     return found
@@ -144,8 +146,11 @@ class Prepared:
 def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     """Data, features, network, then what the checkpoint has of them.  Collective."""
     device, model, evaluation = dist.init(job.run.device), job.model, job.evaluation
+    origin = None if saved else resume.find_origin(job)
     if saved:
         resume.check_batch(saved, job.train)
+    elif origin:
+        check_origin(origin, model.name)
     output_dir = writable_folder(job.run.output_dir, "--output_dir")
     request = find_requested(evaluation, model, [evaluation.num_images], device) if evaluation else None
     dataset = open_data(job.data, model, job.run.seed)
@@ -157,11 +162,11 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     subjects = {evaluation.num_images: planned.subjects(model, evaluation.num_images)} if planned else {}
     prompts = sampling.as_prompts(model, None, engine.test_prompts)
     texts = training_texts(dataset, planned, subjects, prompts) if model.is_text else Texts((), np.arange(0), prompts=prompts)
-    conditions = condition(job, texts, saved, device)
+    conditions = condition(job, texts, saved, device, origin)
     forget_captions(dataset, conditions)
     measures = planned.measures(job.run.seed) if planned else []
 
-    state = fresh_state(job, conditions.width, device)
+    state = fresh_state(job, conditions, origin, device)
     studio = Studio(state, sampling.make_painter(job, state.net, conditions.conditions.null, device), conditions)
     progress = resume.restore(saved, state, shares.world.steps_per_epoch) if saved else Progress(epoch=job.train.start_epoch or 0)
     online = None
@@ -184,9 +189,16 @@ def training_texts(dataset: PictureDataset, planned: Plan | None, subjects: Mapp
     return Texts(planned.captions if planned else dataset.captions, np.arange(own), asked[asked >= own], prompts)
 
 
-def fresh_state(job: TrainJob, text_width: int | None, device: torch.device) -> TrainState:
-    """With initial weights."""
-    net = sampling.make_network(job, text_width, device)
+def fresh_state(job: TrainJob, conditions: Conditioning, origin: Saved | None, device: torch.device) -> TrainState:
+    """With initial weights, or with those of --init_from.  The checkpoint is closed."""
+    net = sampling.make_network(job, conditions.width, device)
+    if origin:
+        same_text = bool(conditions.description) and alike(origin.text, conditions.description)
+        report = transfer(origin, net, same_text, conditions.conditions.null)
+        if dist.is_main():
+            report.write(Path(job.run.output_dir) / "init_from.txt")
+        say(f"begun with {origin.path}, EMA 1: {report}")
+        origin.close()
     return TrainState(net=net, optimizer=engine.make_optimizer(net, job.train.weight_decay, device), emas=averages_of(net, job.averages))
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+import released
 from config import (
     SEVERAL,
     Averages,
@@ -116,9 +117,12 @@ def content(state: TrainState, progress: Progress, world: World, job: TrainJob, 
     }
 
 
-def read(path: Path, start_epoch: int | None = None) -> Saved:
-    """A checkpoint of ours, of any version, or a published one.  Raises: UserError for a file that is neither."""
-    state = checkpoint.load(path)
+def read(path: Path, start_epoch: int | None = None, flag: str = "--resume") -> Saved:
+    """A checkpoint of ours, of any version, or a published one: JiT's, or MiniT2I's folder.  Raises: UserError for what is none of them."""
+    if released.is_released(path):
+        weights, job, text = released.read(path, flag)
+        return Saved(path, weights, [weights, weights], {}, Progress(epoch=0), None, job, text)
+    state = checkpoint.load(path, flag)
     try:
         progress, world = progress_of(state), from_plain(World, state["world"]) if "world" in state else None
         job = plain_job(state)
@@ -129,7 +133,7 @@ def read(path: Path, start_epoch: int | None = None) -> Saved:
         if not all(part is None or isinstance(part, Mapping) for part in (*averages, text)):
             raise TypeError("averages and text must be dictionaries")
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # UserError is a ValueError
-        raise UserError(f"--resume {path}: no checkpoint of a JiT ({one_line(error)})") from error
+        raise UserError(f"{flag} {path}: no checkpoint of a JiT ({one_line(error)})") from error
     if start_epoch is not None:
         progress = replace(progress, epoch=start_epoch, epoch_step=0)
     return Saved(path, state["model"], averages, state.get("optimizer", {}), progress, world, job, text or {}, start_epoch is not None)
@@ -191,6 +195,8 @@ def find(job: Job) -> Saved | None:
     """The checkpoint that the run begins from, if any; nothing is changed by looking."""
     if isinstance(job, TrainJob):
         path, start_epoch = beginning(job)
+        if path and released.is_released(path):
+            raise UserError(f"--resume {path} is a release to draw with and holds no run to go on with; begin one with its weights by --init_from {path}")
         return read(path, start_epoch) if path else None
     path = checkpoint.find(job.run.resume, job.run.output_dir)
     if path is None:
@@ -206,6 +212,9 @@ def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
     """
     run, start_epoch = job.run, job.train.start_epoch
     own = Path(run.output_dir) / checkpoint.LAST
+    if own.exists() and job.train.init_from:
+        say(f"going on with {own}, which was begun with --init_from {job.train.init_from}; for a fresh start name another --output_dir")
+        return own, start_epoch
     if own.exists() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         return own, None
     path = checkpoint.find(run.resume, run.output_dir) if run.resume else None
@@ -217,6 +226,13 @@ def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
         return path, start_epoch
     say(f"going on with {own}, which was begun from --resume {run.resume} or another; for a fresh start name another --output_dir")
     return own, start_epoch
+
+
+def find_origin(job: TrainJob) -> Saved | None:
+    """The checkpoint of --init_from."""
+    if job.train.init_from is None:
+        return None
+    return read(checkpoint.find(job.train.init_from, "", "--init_from"), flag="--init_from")
 
 
 # --- what must agree

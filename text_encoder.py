@@ -6,8 +6,9 @@ Right padding with real attention masks keeps a causal LM's states of the real t
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,11 @@ from util.errors import UserError
 
 PROBE = "猫が窓辺で眠っている写真。A cat, 2匹の犬と富士山。"  # its token ids are the tokenizer's fingerprint
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two descriptions are of features of the same language model, made in the same way, pooled or not."""
+    return all(one.get(name) == other.get(name) for name in ("revision", "architecture", "layer", "tokenizer", "text_norm"))
 
 
 def usual_dtype(device: torch.device) -> str:
@@ -193,12 +199,15 @@ class LanguageModel:
 
     def load(self, device: torch.device) -> TextEncoder:
         """The encoder, its weights read.  Raises: UserError where they do not fill the model."""
-        from transformers import AutoModel
+        from transformers import AutoModel, AutoModelForTextEncoding
+        from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-        config = self.config
+        config, architecture = self.config, self.architecture
+        alone = getattr(architecture, "is_encoder_decoder", False) and architecture.model_type in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
+        kind = AutoModelForTextEncoding if alone else AutoModel  # T5's kind come without their decoder
         dtype = DTYPES[usual_dtype(device) if config.dtype == "auto" else config.dtype]
         with hub.in_one_line("--llm_model_name", config.llm):
-            llm, report = AutoModel.from_pretrained(
+            llm, report = kind.from_pretrained(
                 config.llm, revision=config.revision, dtype=dtype, output_loading_info=True, trust_remote_code=config.trust_remote_code
             )
         missing = [key for key in report["missing_keys"] if "pooler" not in key]  # BERT's pooler is not used here

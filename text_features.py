@@ -20,7 +20,7 @@ from torch import Tensor
 
 from conditioning import Conditioning, FeatureNorm, LiveText, LiveTokens, StoredText, StoredTokens, norm_of, packed
 from config import DrawJob, TextConfig, TextSource, TrainJob
-from text_encoder import LanguageModel, TextEncoder, normalize, usual_dtype
+from text_encoder import LanguageModel, TextEncoder, alike, normalize, usual_dtype
 from util import distributed as dist
 from util import feature_store as disk
 from util.errors import UserError
@@ -144,7 +144,7 @@ def check_saved(saved: Mapping[str, Any], description: Mapping[str, Any]) -> Non
 
 
 def statistics_of(features: FeatureRows, rows: np.ndarray, source: TextSource, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What --text_norm needs to know: the checkpoint's, or that of the training captions at `rows`.  Collective."""
+    """What --text_norm needs to know: what is saved, or that of the training captions at `rows`.  Collective."""
     if source.norm != "standardize":
         return {}
     if "mean" in saved:
@@ -298,10 +298,11 @@ def build_store(config: TextConfig, folder: Path, captions: Sequence[str], promp
     say(f"text store {folder}: complete, {len(store)} texts in {size / 1e6:.1f} MB, {size / len(store):.0f} bytes each")
 
 
-def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: torch.device) -> Conditioning:
+def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: torch.device, origin: Mapping[str, Any] | None = None) -> Conditioning:
     """Conditions for the captions of `texts`, and features of its prompts.  Collective.
 
-    Args: source: with `folder` where its cache is "disk"; saved: the description in a checkpoint, or nothing.
+    Args: source: with `folder` where its cache is "disk"; saved: the description in a checkpoint, or nothing; origin: that of --init_from's, whose
+    statistics stay in use where the features are the same.
     Raises: UserError where `saved` tells of other features.
     """
     folder = Path(source.folder or "")
@@ -317,8 +318,9 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
     own, other_rows, prompt_rows, null_row = np.split(rows, [len(texts.training_lines), len(texts.lines), len(rows) - 1])
     say_lengths(features, np.unique(own), np.unique(rows), source.encoder.max_text_len)
 
-    statistics = statistics_of(features, np.unique(own), source, saved)
-    description = {**model.description, "width": features.width, "text_norm": source.norm, **statistics}
+    description = {**model.description, "width": features.width, "text_norm": source.norm}
+    same = origin is not None and alike(origin, description) and origin.get("pooling") == description["pooling"]
+    description |= statistics_of(features, np.unique(own), source, origin if same else saved)
     norm, length = norm_of(description), source.encoder.max_text_len
     row_of = np.full(len(texts.captions), -1)
     row_of[texts.training_lines], row_of[texts.other_lines] = own, other_rows

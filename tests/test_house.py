@@ -11,7 +11,7 @@ FLOORS = {
     5: ("main_jit", "cache_text", "prepare_ref"),
     4: ("flags", "prepare", "evaluation"),
     3: ("engine_jit", "sampling", "text_features"),
-    2: ("resume", "conditioning", "text_encoder", "datasets", "denoiser", "models_jit", "models_mmjit"),
+    2: ("resume", "released", "transfer", "conditioning", "text_encoder", "datasets", "denoiser", "models_jit", "models_mmjit"),
     1: ("config", "util"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -21,6 +21,7 @@ from util.files import write_whole
 from util.logging import say
 
 LAST = "checkpoint-last.pth"
+RELEASED = "transformer/config.json"  # released.py reads such folders
 PREFIX = "net."
 
 
@@ -123,8 +124,8 @@ def remove_old(newest: Path, keep_last: int | None) -> None:
             path.unlink(missing_ok=True)
 
 
-def find(resume: str, output_dir: str) -> Path | None:
-    """The file that --resume means: itself, or the last checkpoint in the folder.
+def find(resume: str, output_dir: str, flag: str = "--resume") -> Path | None:
+    """The file that --resume, or another flag, means: itself, or the last checkpoint in the folder; or a folder as MiniT2I is released in.
 
     Returns: None only where the folder is `output_dir` and holds no checkpoint yet.  Raises: UserError for anything else.
     """
@@ -133,22 +134,24 @@ def find(resume: str, output_dir: str) -> Path | None:
         return path
     if (path / LAST).is_file():
         return path / LAST
+    if (path / RELEASED).is_file():
+        return path
     numbered = numbered_in(path)
-    if path.resolve() == Path(output_dir).resolve() and not numbered:
+    if output_dir and path.resolve() == Path(output_dir).resolve() and not numbered:
         return None
     what = f"holds {', '.join(p.name for p in numbered[:3])} but no {LAST}; name the file" if numbered else f"is no checkpoint and holds no {LAST}"
-    raise UserError(f"--resume {resume}: {what if path.exists() else 'no such file or folder'}")
+    raise UserError(f"{flag} {resume}: {what if path.exists() else 'no such file or folder'}")
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, flag: str = "--resume") -> dict[str, Any]:
     """Read a checkpoint of ours or a published one.  Raises: UserError where it is neither, or would run code."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken zip, a pickle with code in it, a file cut short: each its own exception
-        raise UserError(f"--resume {path}: not a loadable checkpoint ({type(error).__name__}: {one_line(error)})") from error
+        raise UserError(f"{flag} {path}: not a loadable checkpoint ({type(error).__name__}: {one_line(error)})") from error
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"--resume {path}: no checkpoint of a JiT; wanted a dictionary with the key 'model'")
+        raise UserError(f"{flag} {path}: no checkpoint of a JiT; wanted a dictionary with the key 'model'")
     state["args"] = vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else state.get("args") or {}
     return state
 
