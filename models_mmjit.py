@@ -13,9 +13,9 @@ from models_jit import BottleneckPatchEmbed, RMSNorm, TimeEmbedder, adaln, modul
 from util.text import Text
 
 
-def text_angles(length: int, head_width: int) -> Tensor:
-    """(L, D / 2): index * 10000^(-2 j / D)."""
-    return torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, head_width, 2) / head_width)
+def text_angles(length: int, head_width: int, device: torch.device | None = None) -> Tensor:
+    """(L, D / 2), made on the device, where a copy would wait: index * 10000^(-2 j / D)."""
+    return torch.arange(length, device=device)[:, None] * 10000.0 ** (-torch.arange(0, head_width, 2, device=device) / head_width)
 
 
 def picture_angles(grid: int, head_width: int) -> Tensor:
@@ -183,7 +183,7 @@ class MMJiT(nn.Module):
 
     def embed_text(self, y: Text) -> tuple[Tensor, Tensor]:
         """The caption before it meets the picture: (B, L, C), and its angles."""
-        angles = text_angles(y.mask.shape[1], self.head_width).to(y.mask.device)
+        angles = text_angles(y.mask.shape[1], self.head_width, y.mask.device)
         text = self.txt_embedder(torch.where(y.mask[..., None], y.states, self.mask_token))
         for block in self.txt_preamble_blocks:
             text = block(text, angles)
@@ -199,7 +199,7 @@ class MMJiT(nn.Module):
         return unpatchify(self.final_layer(x, c), self.patch_size, self.in_channels)
 
 
-# B, M, L and XL are the released ones and their paper's; Nano, Ti and S are ours, for small data and CPUs.
+# B and L are the released ones, M and XL those of the release's code, without weights; Nano, Ti and S are ours, for small data and CPUs.
 _COLUMNS = ("hidden_size", "depth", "num_heads", "mlp_ratio", "bottleneck_dim")
 SIZES = {
     "Nano": (128, 6, 4, 2.6667, 32),

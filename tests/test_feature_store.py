@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, child, ended, in_ranks, write_text_data
+from conftest import CAPTIONS, child, ended, in_ranks, load_encoder, write_text_data
 
 import cache_text
 import text_features
@@ -20,6 +20,7 @@ from conditioning import FeatureNorm
 from config import TextConfig, TextSource
 from flags import parse_cache
 from text_encoder import LanguageModel, TextEncoder
+from util import distributed as dist
 from util import feature_store as disk
 from util.errors import UserError
 
@@ -297,6 +298,72 @@ def test_standardized_features_have_mean_0_and_variance_1_over_the_training_capt
     rows = torch.randn(100, 3) * 2 + 1000
     norm = FeatureNorm.of(rows.split(7), 3)
     torch.testing.assert_close(norm.std, rows.double().std(0, correction=0, keepdim=True).float(), rtol=1e-5, atol=0)
+
+
+def tokens_of(conditioning, lines, width=32):
+    """Mask (B, L), and the states where there are tokens, (tokens, width)."""
+    text = conditioning.conditions(torch.as_tensor(lines)).to(CPU)
+    assert text.mask.shape == (len(lines), 40) and text.states.shape == (len(lines), 40, width) and text.states.dtype == torch.float32
+    return text.mask, text.states[text.mask]
+
+
+@pytest.mark.parametrize("norm", ["none", "rms", "standardize"])
+def test_disk_memory_and_the_live_encoder_give_the_same_tokens(norm, llm_folder, tmp_path):
+    found = {cache: prepare(tmp_path / "store", llm_folder(), cache=cache, norm=norm, pooling="tokens") for cache in ("disk", "memory", "off")}
+    (mask, disk_states), (_, memory), (live_mask, live) = (tokens_of(conditioning, [3, 0, 35, 3]) for conditioning in found.values())
+    assert torch.equal(disk_states, memory) and torch.equal(mask, live_mask) and torch.equal(mask[0], mask[3]) and len(set(mask.sum(1).tolist())) == 3
+    scale = 2 * max(1.0, disk_states.abs().max().item()) * 2**-10  # float16's rounding, of the stored and of the normalised states
+    assert (disk_states - live).abs().max() < scale and disk_states.std() > 0.1
+    raw, valid = load_encoder(llm_folder()).encode_tokens([MANY[i] for i in (3, 0, 35, 3)])
+    made = found["off"].description
+    wanted = {"none": lambda: raw, "rms": lambda: raw / raw.square().mean(-1, keepdim=True).sqrt(), "standardize": lambda: (raw - made["mean"]) / made["std"]}
+    torch.testing.assert_close(live, wanted[norm]()[valid], rtol=1e-4, atol=1e-4)
+    prompts = [conditioning.prompts.to(CPU) for conditioning in found.values()]
+    for conditioning, text in zip(found.values(), prompts):
+        null = conditioning.conditions.null
+        assert (
+            not null.mask.any() and null.states.shape == (1, 40, 32) and torch.equal(text.states, prompts[0].states) and torch.equal(text.mask, prompts[0].mask)
+        )
+        assert conditioning.width == 32 and conditioning.frozen == found["disk"].frozen and conditioning.description["pooling"] == "tokens"
+
+
+def test_standardized_tokens_have_mean_0_and_variance_1_over_those_of_the_training_captions(llm_folder, tmp_path):
+    def with_norm(norm, captions=MANY, **more):
+        return prepare(tmp_path, llm_folder(), captions, norm=norm, pooling="tokens", **more)
+
+    conditioning = with_norm("standardize")
+    mask, states = tokens_of(conditioning, range(36))
+    assert len(states) == mask.sum() > 5 * 36
+    torch.testing.assert_close(states.mean(0), torch.zeros(32), atol=1e-3, rtol=0)
+    torch.testing.assert_close(states.std(0, correction=0), torch.ones(32), atol=2e-3, rtol=0)
+    saved, raw = conditioning.description, tokens_of(with_norm("none"), range(36))[1]
+    torch.testing.assert_close(saved["mean"][0], raw.mean(0), rtol=1e-4, atol=1e-4)
+    some = tokens_of(with_norm("standardize", lines=np.arange(6)), range(6))[1]  # only lines 0 to 5 are trained on
+    torch.testing.assert_close(some.mean(0), torch.zeros(32), atol=1e-3, rtol=0)
+
+    longer = [*MANY, "増えた" * 5]
+    resumed, anew = with_norm("standardize", longer, saved=saved), with_norm("standardize", longer)
+    assert torch.equal(tokens_of(resumed, range(36))[1], states) and torch.equal(resumed.description["mean"], saved["mean"])
+    assert not torch.equal(anew.description["mean"], saved["mean"]) and not torch.equal(tokens_of(anew, range(36))[1], states)
+
+
+@pytest.mark.parametrize("captions", [MANY, MANY[:3]])  # of the few, one rank has all and the other none
+@pytest.mark.parametrize("pooling", ["mean", "tokens"])
+def test_two_ranks_hold_in_memory_what_one_process_holds(pooling, captions, llm_folder, tmp_path):
+    llm = llm_folder()  # here, or both processes would make their own
+
+    def held():
+        raw, standardized = (prepare(None, llm, captions, cache="memory", norm=norm, pooling=pooling) for norm in ("none", "standardize"))
+        parts = [*(raw.conditions(torch.tensor([line])) for line in range(len(captions))), raw.prompts]
+        rows = parts if pooling == "mean" else [tensor for part in parts for tensor in (part.states, part.lengths)]
+        return rows, standardized.description["mean"]
+
+    in_ranks(2, lambda: torch.save(held(), tmp_path / f"{dist.rank()}.pt"))
+    rows, mean = held()
+    for rank in range(2):
+        theirs, their_mean = torch.load(tmp_path / f"{rank}.pt")
+        assert all(torch.equal(a, b) for a, b in zip(rows, theirs, strict=True))
+        torch.testing.assert_close(their_mean, mean, rtol=1e-5, atol=1e-6)  # summed up in another order
 
 
 def test_features_of_another_making_than_the_checkpoints_are_refused():

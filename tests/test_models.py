@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import wake
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import models_mmjit
 from config import SIZES as NAMES
 from config import SOLVERS, parse_model_name
 from denoiser import SOLVERS as STEPS
 from models_jit import SIZES, Block, JiT, JiT_models, RMSNorm, SwiGLU, build_model, sincos_table
+from util.text import Text
 
 COUNTS = {  # millions of trained parameters, 1000 classes or an LLM 3072 wide
     "JiT-B/16": 131.12, "JiT-B/32": 133.19, "JiT-L/16": 458.88, "JiT-L/32": 461.53, "JiT-H/16": 952.51, "JiT-H/32": 956.06,
@@ -22,10 +25,32 @@ COUNTS = {  # millions of trained parameters, 1000 classes or an LLM 3072 wide
 }  # fmt: skip
 
 
-def nano(text: bool = False, **kwargs):
+KINDS = {"": {"num_classes": 10}, "-Text": {"text_dim": 24}, "-Tokens": {"text_dim": 24, "text_len": 7}}
+MASKS = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0]]).bool()
+
+
+def nano(kind: str = "", input_size: int = 16):
     torch.manual_seed(0)
-    sizes = {"input_size": 16, "num_classes": 10} | ({"text_dim": 24} if text else {}) | kwargs
-    return build_model("JiT-Nano/4-Text" if text else "JiT-Nano/4", **sizes)
+    return build_model(f"JiT-Nano/4{kind}", input_size=input_size, **KINDS[kind])
+
+
+def conditions(kind: str):
+    """y of three pictures."""
+    torch.manual_seed(1)
+    return {"": torch.tensor([0, 7, 10]), "-Text": torch.randn(3, 24), "-Tokens": Text(torch.randn(3, 7, 24), MASKS)}[kind]
+
+
+class Devices(TorchDispatchMode):
+    """Of all tensors that are made meanwhile: `found`."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.found |= {tensor.device.type for tensor in tree_leaves(out) if isinstance(tensor, torch.Tensor)}
+        return out
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -70,18 +95,22 @@ def test_state_dict_has_the_published_names_and_shapes():
             "mlp.w3.weight": (c, h), "mlp.w3.bias": (c,), "adaLN_modulation.1.weight": (6 * c, c), "adaLN_modulation.1.bias": (6 * c,),
         }.items()}  # fmt: skip
     assert {name: tuple(value.shape) for name, value in nano().state_dict().items()} == wanted
-    text = {name for name in nano(text=True).state_dict() if name not in wanted}
-    assert text == {"y_embedder.proj.weight", "y_embedder.proj.bias"}
+    shared = {name: shape for name, shape in wanted.items() if not name.startswith("y_embedder.")}
+    text = {"y_embedder.proj.weight": (c, 24), "y_embedder.proj.bias": (c,)}
+    tokens = {"in_context_posemb": (1, 7, c), "y_embedder.mask_token": (1, 1, c)}
+    for kind, more in (("-Text", text), ("-Tokens", text | tokens)):
+        assert {name: tuple(value.shape) for name, value in nano(kind).state_dict().items()} == shared | more
 
 
-def test_initial_values():
-    net = nano()
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_values(kind):
+    net = nano(kind)
     for name, value in net.state_dict().items():
         if name.endswith(".bias") or "adaLN" in name or name == "final_layer.linear.weight":
             assert not value.any(), name
         elif "norm" in name:
             assert (value == 1).all(), name
-        elif name in ("in_context_posemb", "y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"):
+        elif name.startswith("t_embedder") or name in ("in_context_posemb", "y_embedder.embedding_table.weight", "y_embedder.mask_token"):
             assert value.std().item() == pytest.approx(0.02, rel=0.1), name
         elif name != "pos_embed":
             fan_out, fan_in = value.shape[0], value[0].numel()
@@ -131,15 +160,18 @@ def reference_forward(state, z, t, y, depth, heads, start, lc, patch):
     batch, grid, width = len(z), z.shape[-1] // patch, state["pos_embed"].shape[-1]
     angle = t[:, None] * 10000.0 ** (-torch.arange(128) / 128)
     time = linear(F.silu(linear(torch.cat([angle.cos(), angle.sin()], 1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
-    y = state["y_embedder.embedding_table.weight"][y] if "y_embedder.embedding_table.weight" in state else linear(y, "y_embedder.proj")
-    c = F.silu(time + y)
+    if isinstance(y, Text):
+        c, in_context = F.silu(time), torch.where(y.mask[..., None], linear(y.states, "y_embedder.proj"), state["y_embedder.mask_token"])
+    else:
+        y = state["y_embedder.embedding_table.weight"][y] if "y_embedder.embedding_table.weight" in state else linear(y, "y_embedder.proj")
+        c, in_context = F.silu(time + y), y[:, None].expand(-1, lc, -1)
     patches = z.view(batch, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5).reshape(batch, grid * grid, -1)
     x = patches @ state["x_embedder.proj1.weight"].flatten(1).T @ state["x_embedder.proj2.weight"].flatten(1).T
     x = x + state["x_embedder.proj2.bias"] + state["pos_embed"]
     for i in range(depth):
         b = f"blocks.{i}"
         if i == start:
-            x = torch.cat([y[:, None].expand(-1, lc, -1) + state["in_context_posemb"], x], 1)
+            x = torch.cat([in_context + state["in_context_posemb"], x], 1)
         shift1, scale1, gate1, shift2, scale2, gate2 = linear(c, f"{b}.adaLN_modulation.1").view(batch, 6, width).unbind(1)
         qkv = linear(modulated(rms(x, state[f"{b}.norm1.weight"]), shift1, scale1), f"{b}.attn.qkv")
         q, k, v = qkv.view(batch, -1, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
@@ -159,15 +191,38 @@ def reference_forward(state, z, t, y, depth, heads, start, lc, patch):
     return out
 
 
-@pytest.mark.parametrize("text", [False, True])
-def test_forward_equals_the_written_out_network(text):
-    net = wake(nano(text)).eval()
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_equals_the_written_out_network(kind):
+    net, y = wake(nano(kind)).eval(), conditions(kind)
     z, t = torch.randn(3, 3, 16, 16), torch.tensor([0.0, 0.37, 1.0])
-    y = torch.randn(3, 24) if text else torch.tensor([0, 7, 10])
     with torch.no_grad():
-        wanted = reference_forward(net.state_dict(), z, t, y, depth=6, heads=4, start=2, lc=8, patch=4)
+        wanted = reference_forward(net.state_dict(), z, t, y, depth=6, heads=4, start=2, lc=7 if kind == "-Tokens" else 8, patch=4)
         assert wanted.std() > 0.1
         torch.testing.assert_close(net(z, t, y), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_has_a_say(kind):
+    net = wake(nano(kind))
+    net(torch.randn(3, 3, 16, 16), torch.tensor([0.0, 0.37, 1.0]), conditions(kind)).square().mean().backward()
+    assert not [name for name, param in net.named_parameters() if param.grad is None or not param.grad.any()]
+
+
+def test_states_where_there_is_no_token_have_no_say():
+    net, y, z, t = wake(nano("-Tokens")).eval(), conditions("-Tokens"), torch.randn(3, 3, 16, 16), torch.rand(3)
+    for garbage in (1e4, float("nan")):
+        assert torch.equal(net(z, t, Text(y.states.masked_fill(~y.mask[..., None], garbage), y.mask)), net(z, t, y))
+    other = net(z, t, Text(y.states.masked_fill(y.mask[..., None], 1.0), y.mask))
+    assert ((other - net(z, t, y)).flatten(1).abs().amax(1) > 1e-3).tolist() == MASKS.any(1).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_makes_nothing_on_another_device(kind):
+    """A copy from the CPU would wait for the GPU in every step."""
+    net, y = nano(kind).to("meta"), conditions(kind).to("meta")
+    with Devices() as devices:
+        net(torch.empty(3, 3, 16, 16, device="meta"), torch.empty(3, device="meta"), y)
+    assert devices.found == {"meta"}
 
 
 @pytest.mark.parametrize("depth, first, end", [(5, 1, 3), (6, 1, 3), (7, 1, 3), (12, 3, 9), (24, 6, 18), (32, 8, 24), (40, 10, 30)])
