@@ -52,7 +52,16 @@ def sweep() -> Iterator[Experiment]:
             yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", model, lr=lr, noise=noise, epochs=1, judged=100)
 
 
-GROUPS = {"sweep": tuple(sweep())}
+def pilot() -> Iterator[Experiment]:
+    """The same at 200k pictures, where they differ: one seed."""
+    for name, lr, noise in (
+        *(("tokens", 1e-3, 1.0), ("mmjit", 1e-3, 2.0), ("tokens", 2e-3, 1.0), ("mmjit", 2e-3, 2.0), ("pooled", 2e-3, 1.0), ("adaln", 1e-3, 1.0)),
+        *(("tokens", 1e-3, 2.0), ("mmjit", 1e-3, 1.0), ("adaln", 2e-3, 1.0), ("adaln", 1e-3, 2.0), ("pooled", 1e-3, 1.0), ("pooled", 2e-3, 2.0)),
+    ):
+        yield Experiment(f"two-{name}-lr{lr:g}-noise{noise:g}-seed0", NETWORKS[name], lr=lr, noise=noise, judged=500)
+
+
+GROUPS = {"sweep": tuple(sweep()), "pilot": tuple(pilot())}
 
 
 # --- what an experiment needs
