@@ -1,10 +1,10 @@
-# make setup | demo | demo-emoji | test | test-all | lint        PYTHON=... uses that Python's environment as it is, without .venv
+# make setup | demo | demo-scenes | demo-emoji | test | test-all | lint        PYTHON=... uses that Python's environment as it is, without .venv
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 BASE_PYTHON ?= python3
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: setup demo demo-emoji test test-all lint
+.PHONY: setup demo demo-scenes demo-emoji test test-all lint
 setup: $(READY)
 
 $(VENV)/.ready: pyproject.toml
@@ -20,6 +20,9 @@ $(VENV)/.ready: pyproject.toml
 # LLM=llm-jp/llm-jp-3-150m draws with a real language model instead of the small one trained here.
 demo: $(READY)
 	$(PYTHON) -m demo.run digits $(if $(LLM),--llm $(LLM))
+
+demo-scenes: $(READY)
+	$(PYTHON) -m demo.run scenes $(if $(LLM),--llm $(LLM))
 
 demo-emoji: $(READY)
 	$(PYTHON) -m demo.run emoji $(if $(LLM),--llm $(LLM))
