@@ -1,6 +1,6 @@
 """Which features should text be?  `python -m benchmarks.text_choices --out DIR`: the digits of the demo, every --llm_layer and --text_norm, seeds.
 
-Trains one small network for each, all settings equal, and prints what each has learned from its captions: pictures right in colour
+`--model JiT-Nano/8-Tokens --layers last mean --norms none rms standardize` asks it of the states of tokens. Trains one small network for each, all settings equal, and prints what each has learned from its captions: pictures right in colour
 and digit, pictures whose nearest real one is of the asked pair, the text gap, and how far out the null lies. Resumable.
 """
 
@@ -46,9 +46,11 @@ def main_jit(*flags: str) -> None:
     subprocess.run([sys.executable, "main_jit.py", *flags], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def trial(root: Path, layer: str, norm: str, seed: int, epochs: int, judge: DigitJudge, nearest: Nearest) -> list:
-    run, store = root / f"{layer}-{norm}-{seed}", root / f"store-{layer}"
-    common = ["--model", "JiT-Nano/8-Text", "--img_size", str(SIZE), "--llm_model_name", str(root / "llm"), "--llm_layer", layer, "--text_norm", norm]
+def trial(root: Path, model: str, choice: tuple[str, str, int], epochs: int, judge: DigitJudge, nearest: Nearest) -> list:
+    layer, norm, seed = choice
+    suffix = model.rsplit("-", 1)[1]
+    run, store = root / f"{suffix}-{layer}-{norm}-{seed}", root / f"store-{suffix}-{layer}"
+    common = ["--model", model, "--img_size", str(SIZE), "--llm_model_name", str(root / "llm"), "--llm_layer", layer, "--text_norm", norm]
     common += ["--device", "cpu", "--output_dir", str(run), "--resume", str(run), "--cfg", "2.5", "--num_sampling_steps", "20", "--seed", str(seed)]
     training = ["--data_path", str(root / "data"), "--text_cache_dir", str(store), "--batch_size", "64", "--lr", "1e-3", "--warmup_epochs", "0.25"]
     training += ["--lr_schedule", "cosine", "--epochs", str(epochs), "--save_last_freq", str(epochs), "--num_workers", "1", "--log_freq", "40"]
@@ -61,7 +63,7 @@ def trial(root: Path, layer: str, norm: str, seed: int, epochs: int, judge: Digi
     events.Reload()
     gaps = [float(np.mean([event.value for event in events.Scalars(f"text_gap/{name}")][-3:])) for name in ("loss", "shuffled", "null")]
     saved = checkpoint.load(run / checkpoint.LAST)["text"]
-    return [layer, norm, seed, *shares, *gaps, null_rms(root, layer, saved)]
+    return [layer, norm, seed, *shares, *gaps, null_rms(root, layer, saved) if suffix == "Text" else float("nan")]
 
 
 def null_rms(root: Path, layer: str, saved: dict) -> float:
@@ -80,6 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for data, language model, runs and results.csv")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--model", default="JiT-Nano/8-Text")
+    parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS)
+    parser.add_argument("--norms", nargs="+", default=("standardize", "none"), choices=("none", "rms", "standardize"))
     parser.add_argument("--epochs", type=int, default=3, help="of 202 steps with batch 64")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -88,16 +93,16 @@ def main() -> None:
         subprocess.run(
             [sys.executable, "-m", "demo.tiny_llm", "--data_path", str(args.out / "data"), "--out", str(args.out / "llm"), "--steps", "300"], check=True
         )
-    results = args.out / "results.csv"
+    results = args.out / f"results-{args.model.rsplit('-', 1)[1]}.csv"
     rows = list(csv.reader(results.open())) if results.exists() else []
     judge, nearest = DigitJudge(SIZE), Nearest()
-    for seed, norm, layer in itertools.product(range(args.seeds), ("standardize", "none"), LAYERS):
+    for seed, norm, layer in itertools.product(range(args.seeds), args.norms, args.layers):
         if [layer, norm, str(seed)] not in [row[:3] for row in rows]:
-            rows.append([str(value) for value in trial(args.out, layer, norm, seed, args.epochs, judge, nearest)])
+            rows.append([str(value) for value in trial(args.out, args.model, (layer, norm, seed), args.epochs, judge, nearest)])
             with results.open("a") as file:
                 csv.writer(file).writerow(rows[-1])
     print(f"| {' | '.join(COLUMNS[:2] + COLUMNS[3:])} |\n|{'---|' * (len(COLUMNS) - 1)}")
-    for norm, layer in itertools.product(("standardize", "none"), LAYERS):
+    for norm, layer in itertools.product(args.norms, args.layers):
         values = np.array([row[3:] for row in rows if row[:2] == [layer, norm]], dtype=float)
         shown = [f"{mean:.3f} ({low:.3f}-{high:.3f})" for mean, low, high in zip(values.mean(0), values.min(0), values.max(0))]
         print(f"| `{layer}` | `{norm}` | {' | '.join(shown)} |")
