@@ -1,16 +1,24 @@
 """Runs on the tokens of captions, at toy size, JiT's and MM-JiT's: killed, resumed, over two ranks, drawn, with a store made ahead of time."""
 
 import os
+import shutil
 import signal
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import child, ended, in_ranks
+import torch
+from conftest import CAPTIONS, child, ended, in_ranks, load_encoder
 from PIL import Image
 from test_training import assert_same_training, flags, moved, run, weights
 
 import cache_text
 import engine_jit
+import prepare
+import text_features
+from conditioning import Conditioning
+from config import TextConfig, TextSource
 from flags import parse, parse_cache
 from sampling import load_painter
 from text_encoder import LanguageModel
@@ -135,3 +143,30 @@ def test_mm_jit_under_adaln_trains(text_data, llm_folder, tmp_path):
     state = weights(tmp_path)
     assert moved(state) > 1e-4 and all(value.isfinite().all() for value in state["model"].values())
     assert state["model"]["net.double_blocks.0.adaLN_modulation.1.weight"].abs().max() > 1e-4 and state["text"]["max_text_len"] == 256
+
+
+def test_batches_that_shared_memory_cannot_hold_are_called_out(monkeypatch, capsys):
+    job = parse(["--model", "JiT-Nano/8-Tokens", "--img_size", "16", "--batch_size", "8", "--num_workers", "1"])
+    conditions = Conditioning(SimpleNamespace(in_loader=True), torch.zeros(0), bytes_each=10_000)
+    takes = 2 * 8 * (3 * 16 * 16 + 10_000)  # two batches are on their way
+    for free, warned in ((takes, False), (takes - 1, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        prepare.check_shared_memory(job, conditions)
+        said = capsys.readouterr().out
+        assert ("warning: 2 batches on their way take 0.0 GB" in said and "docker run --shm-size" in said) is warned
+
+
+def test_a_store_of_tokens_says_its_size_first(llm_folder, tmp_path, monkeypatch, capsys):
+    texts = text_features.Texts(CAPTIONS, np.arange(len(CAPTIONS)))
+    lengths = [len(ids) for ids in load_encoder(llm_folder(), pooling="tokens").token_ids([*CAPTIONS, ""])]
+    needed = round(sum(lengths) * 2 * 32 + 25 * len(lengths))
+    source = TextSource(TextConfig(str(llm_folder()), 40, "last", "tokens"), "disk", str(tmp_path / "store"), "none")
+    for free, words in ((2 * needed + 2, "text store"), (needed + 1, "warning: text store"), (needed - 1, None)):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        if words is None:
+            with pytest.raises(UserError, match=r"--text_cache off.*smaller --llm_model_name.*shorter --max_text_len"):
+                text_features.prepare(replace(source, folder=str(tmp_path / "other")), texts, {}, torch.device("cpu"))
+            continue
+        text_features.prepare(source, texts, {}, torch.device("cpu"))
+        assert f"\n{words} {tmp_path / 'store'}: the features of {len(lengths)} captions take" in capsys.readouterr().out
+        shutil.rmtree(tmp_path / "store")
