@@ -1,11 +1,12 @@
 """What text costs: `python -m benchmarks.text_path --out DIR [--device cuda] [--llm 3.7b] [--model JiT-B/16] [--only step memory ...]`.
 
 step       a training step with stored features, features in memory, the LLM in the loop, and class labels; interleaved, same network
+tokens     a training step of a network that reads tokens, from the store and from the encoder in the step, against class labels where there are any
 sampling   pictures with their text encoded once, and with it encoded at every call of the network
 encoding   captions and tokens a second, bytes a caption in the store
 memory     peak memory of whole training runs: classes, text with a complete store, the LLM in the loop; fails if the store costs more than its index
 million    a store of a million captions through a tiny LLM: building, opening, random look-ups, memory of the reading process
-The LLM has the shape of an llm-jp-3 and random weights; the captions are made up, about as long as real ones.
+The LLM has the shape of an llm-jp-3, or of a bidirectional encoder of 310M parameters, and random weights; the captions are made up, about as long as real ones.
 """
 
 import argparse
@@ -22,9 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, ModernBertConfig, ModernBertModel
 
 import engine_jit as engine
+import models_mmjit
 import text_features
 from conditioning import Conditioning, LabelConditions
 from config import Data, DiffusionConfig, SamplerConfig, TextConfig, TextSource, Train
@@ -46,6 +48,7 @@ SHAPES = {  # the llm-jp-3 family: width, layers, heads, width of the MLP
     "150m": (512, 12, 8, 2048),
     "1.8b": (2048, 24, 16, 7168),
     "3.7b": (3072, 28, 24, 8192),
+    "310m": (768, 25, 12, 3072),  # ModernBERT's, as of sbintuitions/modernbert-ja-310m
 }
 VOCABULARY = 99584
 WORDS = (
@@ -75,10 +78,10 @@ def make_llm(folder: Path, shape: str, device: torch.device) -> Path:
         return folder
     width, layers, heads, mlp = SHAPES[shape]
     tokenizer = train_tokenizer((caption(i * 7919) for i in range(20000)), vocab_size=280, longest=2)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads}
     torch.manual_seed(0)
     with torch.device(device):
-        llm = LlamaModel(config)
+        llm = ModernBertModel(ModernBertConfig(**sizes, pad_token_id=4)) if shape == "310m" else LlamaModel(LlamaConfig(**sizes))
     llm.to(torch.bfloat16 if device.type == "cuda" else torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -118,6 +121,14 @@ def medians(actions: dict[str, Callable[[], None]], rounds: int, device: torch.d
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+def build(model: str, width: int | None, args: argparse.Namespace) -> torch.nn.Module:
+    """width: of a text model's features."""
+    if model.startswith("MMJiT"):
+        return models_mmjit.build_model(model, input_size=args.img_size, text_dim=width)
+    length = args.max_text_len if model.endswith("-Tokens") else None
+    return build_model(model, input_size=args.img_size, num_classes=2, text_dim=width, text_len=length)
+
+
 class Variant:
     """One variant of the training step: its data, conditions and network, with all that engine_jit.batch_loss asks of a Training."""
 
@@ -125,7 +136,7 @@ class Variant:
 
     def __init__(self, dataset, conditions, model: str, width: int | None, args: argparse.Namespace, device: torch.device):
         torch.manual_seed(0)
-        self.net = build_model(model, input_size=args.img_size, num_classes=2, text_dim=width).to(device)
+        self.net = build(model, width, args).to(device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
         self.emas = [Ema(self.net, 0.9999), Ema(self.net, 0.9996)]
         sampler = StreamSampler(torch.arange(len(dataset)), args.batch_size, 10**6, 0, 1, seed=0)
@@ -142,9 +153,9 @@ class Variant:
         self.n += 1
 
 
-def prepare(captions: Sequence[str], llm: Path, cache: str, store: Path, device: torch.device, dtype: str = "auto") -> Conditioning:
+def prepare(captions: Sequence[str], config: TextConfig, cache: str, store: Path, device: torch.device) -> Conditioning:
     """Standardized features of all captions."""
-    source = TextSource(TextConfig(str(llm), layer="last", dtype=dtype), cache, str(store) if cache == "disk" else None)
+    source = TextSource(config, cache, str(store) if cache == "disk" else None)
     return text_features.prepare(source, text_features.Texts(captions, np.arange(len(captions))), {}, device)
 
 
@@ -152,7 +163,7 @@ def bench_step(args: argparse.Namespace, llm: Path, device: torch.device) -> Non
     text, classes = TextImageFolder(args.out / "data", args.img_size), ClassFolder(args.out / "data", 2, args.img_size)
     variants = {"class labels": Variant(classes, LabelConditions(2), args.model, None, args, device)}
     for name, cache in (("store on disk", "disk"), ("features in memory", "memory"), ("LLM in the loop", "off")):
-        found = prepare(text.captions, llm, cache, args.out / "store", device)
+        found = prepare(text.captions, TextConfig(str(llm), layer="last"), cache, args.out / "store", device)
         variants[name] = Variant(text, found.conditions, f"{args.model}-Text", found.width, args, device)
     actions = {name: variant.step for name, variant in variants.items()}
     stored = variants["store on disk"]
@@ -165,6 +176,23 @@ def bench_step(args: argparse.Namespace, llm: Path, device: torch.device) -> Non
     for name, values in seconds.items():
         ratio = np.median(values / seconds["class labels"])
         print(f"| {name} | {1e3 * np.median(values):.1f} | {ratio:.3f} |")
+
+
+def bench_tokens(args: argparse.Namespace, llm: Path, device: torch.device) -> None:
+    text, variants = TextImageFolder(args.out / "data", args.img_size), {}
+    model = args.model if args.model.startswith("MMJiT") else f"{args.model}-Tokens"
+    if model != args.model:
+        variants["class labels"] = Variant(ClassFolder(args.out / "data", 2, args.img_size), LabelConditions(2), args.model, None, args, device)
+    config = TextConfig(str(llm), args.max_text_len, "last", "tokens")
+    for name, cache in (("tokens from the store", "disk"), ("tokens from the encoder in the step", "off")):
+        found = prepare(text.captions, config, cache, args.out / f"tokens-{args.llm}", device)
+        variants[name] = Variant(text, found.conditions, model, found.width, args, device)
+    seconds = medians({name: variant.step for name, variant in variants.items()}, args.rounds, device)
+    first = next(iter(seconds))
+    print(f"\ntraining step, {model} at {args.img_size} pixels, batch {args.batch_size}, encoder of {args.llm}, {found.bytes_each:,} bytes a caption\n")
+    print(f"| conditions | median ms | against {first}, round by round |\n|---|---|---|")
+    for name, values in seconds.items():
+        print(f"| {name} | {1e3 * np.median(values):.1f} | {np.median(values / seconds[first]):.3f} |")
 
 
 def bench_sampling(args: argparse.Namespace, llm: Path, device: torch.device) -> None:
@@ -283,7 +311,7 @@ def bench_million(args: argparse.Namespace, device: torch.device) -> None:
     text_features.build_store(TextConfig(str(llm), layer="last", dtype="fp32"), store, captions, [], torch.device("cpu"))
     print(f"built in {time.perf_counter() - start:.0f} s ({status('self', 'VmHWM'):.0f} MB peak)")
     start = time.perf_counter()
-    found = prepare(captions, llm, "disk", store, torch.device("cpu"), "fp32")
+    found = prepare(captions, TextConfig(str(llm), layer="last", dtype="fp32"), "disk", store, torch.device("cpu"))
     print(f"complete store opened, its captions found, their mean and variance taken: {time.perf_counter() - start:.1f} s")
     del captions
     store = wide_store(args.out / "wide")
@@ -313,7 +341,10 @@ def main() -> None:
     parser.add_argument("--sampling_steps", type=int, default=50)
     parser.add_argument("--captions", type=int, default=1024)
     parser.add_argument("--num_workers", type=int, default=0, help="of the step; 0 counts the reading of pictures and features into it")
-    parser.add_argument("--only", nargs="+", choices=("step", "sampling", "encoding", "memory", "million"), default=("step", "sampling", "encoding", "memory"))
+    parser.add_argument("--max_text_len", type=int, default=77, help="of tokens")
+    parser.add_argument(
+        "--only", nargs="+", choices=("step", "tokens", "sampling", "encoding", "memory", "million"), default=("step", "sampling", "encoding", "memory")
+    )
     args = parser.parse_args()
     device = torch.device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
