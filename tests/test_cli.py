@@ -231,7 +231,7 @@ def commands(name: str) -> list[str]:
     """The shell lines of a page's ```bash blocks, continuation lines joined."""
     text = (ROOT / name).read_text(encoding="utf-8")
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
-    return [" ".join(shlex.split(line, comments=True)) for line in blocks.splitlines() if line.strip() and not line.strip().startswith("#")]
+    return [shlex.join(shlex.split(line, comments=True)) for line in blocks.splitlines() if line.strip() and not line.strip().startswith("#")]
 
 
 def check_command(line: str) -> None:
