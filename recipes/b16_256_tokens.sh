@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# JiT-B/16 on captioned pictures of 256 x 256 pixels, reading every token of a caption: for captions that name more than one thing.
+#
+#   DATA=my_data OUT=output/b16_tokens GPUS=8 bash recipes/b16_256_tokens.sh [more flags]      (these are the defaults)
+#
+# To begin with the published class weights add --init_from jit_b16/checkpoint-last.pth.
+# Effective batch 1024 = 128 x 8 GPUs; learning rate 2e-4 = blr x 1024 / 256, constant after five epochs of warm-up.
+# With fewer GPUs add --accum_iter so that the product stays 1024: GPUS=4 bash recipes/b16_256_tokens.sh --accum_iter 2
+# A caption of 40 tokens takes 246 KB in the store with llm-jp-3-3.7b, 41 KB with llm-jp-3-150m; docs/text.md says when to do without a store.
+# The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
+#
+# Cost, computed, not measured; nothing of this has been measured on a GPU yet:
+#   forward         57 GFLOP a picture: 256 patches, and 77 tokens from block 4 on
+#   training        three times as much: 170 GFLOP a picture
+#   per million pictures of data   0.17 EFLOP an epoch, 102 EFLOP for 600 epochs
+#   time            8.9 hours per million pictures on eight H100. Assumed: 40 % of 989 TFLOP/s (bf16, dense) on each.
+#   memory          2.7 GB a GPU for weights, two averages and AdamW in float32 (20 bytes x 132.8M parameters), gradients 0.5 GB,
+#                   activations 0.24 GB a picture: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted on a CPU)
+set -euo pipefail
+
+DATA=${DATA:-my_data}
+OUT=${OUT:-output/b16_tokens}
+GPUS=${GPUS:-8}
+
+torchrun --nproc_per_node="$GPUS" --nnodes=1 --node_rank=0 main_jit.py \
+    --model JiT-B/16-Tokens --img_size 256 --noise_scale 1.0 \
+    --llm_model_name llm-jp/llm-jp-3-3.7b \
+    --batch_size 128 --blr 5e-5 --epochs 600 --warmup_epochs 5 \
+    --cfg 2.9 --interval_min 0.1 --interval_max 1.0 \
+    --data_path "$DATA" --output_dir "$OUT" --resume "$OUT" "$@"
