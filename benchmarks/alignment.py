@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from datasets.scenes import Scene, SceneSet, captions, corpus, long_caption, random_scene, write_scenes
+from datasets.scenes import Scene, SceneSet, captions, corpus, long_caption, random_scene, words, write_scenes
 from datasets.scenes import draw as draw_scene
 from demo.scene_judge import judge, rates
 
@@ -108,7 +108,9 @@ def make_data(root: Path, name: str) -> tuple[Path, Path]:
     if not (llm / "tokenizer.json").exists():
         text = root / "corpus.txt"
         text.write_text("\n".join(corpus("ja")) + "\n", encoding="utf-8")
-        call("-m", "demo.tiny_llm", "--text", str(text), "--out", str(llm), "--longest", "1", "--steps", "600")  # characters: nothing new in an unseen pair
+        pieces = root / "words.txt"
+        pieces.write_text("\n".join(words("ja")) + "\n", encoding="utf-8")  # so that there is no new token in an unseen pair
+        call("-m", "demo.tiny_llm", "--text", str(text), "--words", str(pieces), "--out", str(llm), "--steps", "600")
     return data, llm
 
 

@@ -8,6 +8,7 @@ two kinds of things, counted. `demo.scene_judge` says whether a picture shows it
 import argparse
 import math
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,6 +257,14 @@ def corpus(language: str, long: bool = False, lines: int = 20_000) -> list[str]:
     return list(found)[:lines]
 
 
+def words(language: str) -> list[str]:
+    """What captions are made of, for a tokenizer none of whose pieces crosses from one word to the next."""
+    forms = [*PLACED[language], *RELATED[language], *COUNTED[language]]
+    between = {part.strip() for form in forms for part in re.split(r"\{\w+\}", form)} | {"り、"}
+    names = [*ADJECTIVES.values(), *OUTLINES, *PLACES, *STEPS] if language == "ja" else [word for name in ENGLISH.values() for word in name.split()]
+    return sorted({*between, *names, *COUNTERS[language]} - {""})
+
+
 # How a scene is drawn.
 
 
@@ -389,13 +398,16 @@ def main() -> None:
     parser.add_argument("--long", action="store_true", help="each caption after some 230 characters that say nothing about the picture")
     parser.add_argument("--wrong", type=float, default=0.0, help="share of pictures with the captions of another scene")
     parser.add_argument("--corpus", type=Path, default=None, help="also (or, without --out, only) write text for demo.tiny_llm into this file")
+    parser.add_argument("--words", type=Path, default=None, help="and the words that captions are made of into this one, for its tokenizer")
     args = parser.parse_args()
     try:
-        if not (args.out or args.corpus):
-            raise UserError("nothing to write; give --out, --corpus, or both")
+        if not (args.out or args.corpus or args.words):
+            raise UserError("nothing to write; give --out, --corpus, --words, or several")
         if args.out:
             write_scenes(args.out, SceneSet(args.level, args.count, args.size, args.seed, args.language, args.wrong, args.long))
             print(f"{args.count} captioned pictures in {args.out}")
+        if args.words:
+            args.words.write_text("\n".join(words(args.language)) + "\n", encoding="utf-8")
         if args.corpus:
             lines = corpus(args.language, args.long)
             args.corpus.write_text("\n".join(lines) + "\n", encoding="utf-8")

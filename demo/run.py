@@ -138,12 +138,12 @@ def judge_scenes(title: str, pictures: list[Image.Image], scenes: list[Scene]) -
 def scenes(out: Path, llm: str | None, epochs: int) -> None:
     data, run, size, count = out / "data", out / "run", 32, 200
     step("drawn scenes of two things and how they stand, with Japanese captions; a fifth of the things is never drawn")
-    text = out / "corpus.txt"
-    call("-m", "datasets.scenes", "--out", str(data), "--level", "two", "--count", "25064", "--size", str(size), "--corpus", str(text))
+    text, words = out / "corpus.txt", out / "words.txt"
+    call("-m", "datasets.scenes", "--out", str(data), "--level", "two", "--count", "25064", "--size", str(size), "--corpus", str(text), "--words", str(words))
     if not llm:
-        step("a small language model that reads characters, trained on sentences")
+        step("a small language model, trained on sentences; its tokens are words, none of them new in a thing never seen")
         llm = str(out / "llm")
-        call("-m", "demo.tiny_llm", "--text", str(text), "--out", llm, "--longest", "1", "--steps", "150")
+        call("-m", "demo.tiny_llm", "--text", str(text), "--words", str(words), "--out", llm, "--steps", "150")
     training = ["--model", "JiT-Nano/8-Tokens", "--img_size", str(size), "--llm_model_name", llm, "--max_text_len", "32", "--device", "cpu"]
     training += ["--data_path", str(data), "--output_dir", str(run), "--resume", str(run), "--batch_size", str(64 // PROCESSES), "--lr", "1e-3"]
     training += ["--warmup_epochs", "0.25", "--save_last_freq", "1", "--cfg", "2.5", "--num_sampling_steps", "20", "--num_workers", "0"]

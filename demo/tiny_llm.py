@@ -2,8 +2,8 @@
 
 `python -m demo.tiny_llm --data_path DIR --out DIR` trains it on the captions of a data set. The tokenizer is a Unigram model with
 byte fallback, llm-jp-3's special tokens under its ids, and a BOS put before every text; the model is a LlamaForCausalLM.
-`--text FILE` trains on the lines of a file instead. With short pieces (`--longest`) a token is part of a word and never a phrase, so that a new
-phrase is made of known tokens.
+`--text FILE` trains on the lines of a file instead. With `--words FILE` the tokens are its lines and single characters, so that a new phrase is made
+of known tokens.
 """
 
 import argparse
@@ -42,14 +42,21 @@ def repeated_strings(texts: list[str], longest: int) -> dict[str, int]:
     return {piece: found[piece] for piece in taken}
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000, longest: int = 16) -> PreTrainedTokenizerFast:
-    """Unigram of up to `vocab_size` tokens and 256 bytes, pieces of up to `longest` characters: no text meets <unk>.
+def word_counts(texts: list[str], words: Iterable[str]) -> dict[str, int]:
+    """How often all characters, and those of the words that occur at all, do."""
+    text = "\n".join(texts)
+    found = {word: text.count(word) for word in words}
+    return {**Counter("".join(texts)), **{word: count for word, count in found.items() if count}}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000, longest: int = 16, words: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """Unigram of up to `vocab_size` tokens and 256 bytes, pieces of up to `longest` characters, or `words` and characters: no text meets <unk>.
 
     The set of texts decides all of it: UnigramTrainer walks hash maps, and its ids and scores are others in every process.
     """
     normalizer = normalizers.NFKC()
-    texts = sorted({normalizer.normalize_str(text) for text in texts})
-    counts = repeated_strings(texts, longest)
+    texts, words = sorted({normalizer.normalize_str(text) for text in texts}), sorted({normalizer.normalize_str(word) for word in words})
+    counts = word_counts(texts, words) if words else repeated_strings(texts, longest)
     chosen = sorted(counts, key=lambda piece: (len(piece) > 1, -counts[piece], piece))[: vocab_size - len(SPECIAL)]
     total = sum(map(len, texts))
     scores = {piece: math.log(counts[piece] / total) for piece in chosen}
@@ -109,14 +116,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--longest", type=int, default=16, help="characters of the tokenizer's longest pieces")
+    parser.add_argument("--words", type=Path, help="a file with one word a line: the tokenizer's pieces, besides single characters")
     args = parser.parse_args()
+    if args.words and not args.words.is_file():
+        sys.exit(f"error: no file {args.words}; --words wants one word a line")
     if args.text and not args.text.is_file():
         sys.exit(f"error: no file {args.text}; --text wants one text a line")
     if args.longest < 1:
         sys.exit(f"error: --longest {args.longest}; wanted at least 1")
     torch.manual_seed(0)
     texts = list(dict.fromkeys(read_captions(args.text))) if args.text else TextImageFolder(args.data_path).distinct_captions()
-    tokenizer = train_tokenizer(texts, longest=args.longest)
+    tokenizer = train_tokenizer(texts, longest=args.longest, words=read_captions(args.words) if args.words else ())
     llm = build_llama(tokenizer)
     loss = train_llama(llm, tokenizer, texts, args.steps)
     logging.disable_progress_bar()

@@ -347,3 +347,12 @@ def test_the_command_lines(tmp_path, monkeypatch, capsys):
     for argv in ([], ["--text", str(text), "--data_path", str(out)], ["--text", str(tmp_path / "none.txt")], ["--text", str(text), "--longest", "0"]):
         with pytest.raises(SystemExit):
             run_main(tiny_llm, monkeypatch, *argv, "--out", str(tmp_path / "llm"))
+
+
+def test_with_words_for_pieces_an_unseen_scene_is_told_in_seen_tokens():
+    tokenizer, rng = tiny_llm.train_tokenizer(corpus("ja"), words=scenes.words("ja")), random.Random(8)
+    ids = {seen: {tuple(tokenizer(c)["input_ids"]) for _ in range(400) for c in captions(random_scene("two", rng, seen))} for seen in (True, False)}
+    tokens = {seen: {token for line in lines for token in line} for seen, lines in ids.items()}
+    assert tokens[False] <= tokens[True] and max(map(len, ids[True])) <= 12
+    assert tokenizer.tokenize("赤い丸の右に青い四角がある") == ["赤い", "丸", "の", "右", "に", "青い", "四角", "がある"]
+    assert "<unk>" not in tokenizer.tokenize("猫と𠮷")
