@@ -21,6 +21,7 @@ from PIL import Image
 from datasets.scenes import Scene, SceneSet, captions, corpus, long_caption, random_scene, words, write_scenes
 from datasets.scenes import draw as draw_scene
 from demo.scene_judge import judge, rates
+from util import checkpoint
 
 BATCH = 64
 EPOCH = 25_000  # pictures: the data holds 64 more, which are held out
@@ -118,13 +119,16 @@ def train(one: Experiment, root: Path) -> float:
     """Until its last epoch, from where it stands.  Returns: seconds."""
     (data, llm), run, options = make_data(root, one.data), root / "runs" / one.name, DATA[one.data]
     epoch = (options.count - min(64, options.count // 100)) // BATCH * BATCH
+    epochs = round(1000 * one.thousands / epoch)
     flags = ["--model", one.model, "--img_size", str(options.size), "--data_path", str(data), "--output_dir", str(run)]
     flags += ["--init_from", str(root / "runs" / one.begins)] if one.begins else ["--resume", str(run)]
     flags += ["--llm_model_name", str(llm), "--max_text_len", str(LENGTHS.get(one.data, 32)), "--noise_scale", str(one.noise), "--seed", str(one.seed)]
-    flags += ["--epochs", str(round(1000 * one.thousands / epoch)), "--save_last_freq", str(max(1, EPOCH // epoch)), "--batch_size", str(BATCH)]
+    flags += ["--epochs", str(epochs), "--save_last_freq", str(max(1, EPOCH // epoch)), "--batch_size", str(BATCH)]
     flags += ["--lr", str(one.lr), "--lr_schedule", "cosine", "--warmup_epochs", f"{0.25 * EPOCH / epoch:.2f}", "--cfg", "2.5", "--num_sampling_steps", "20"]
     started = time.perf_counter()
     call("-m", "benchmarks.alignment_variants", *flags, "--device", "cpu", "--num_workers", "0", "--log_freq", "100", *one.flags)
+    if checkpoint.load(run / checkpoint.LAST)["epoch"] + 1 < epochs:
+        sys.exit(f"error: {run} was stopped before its last epoch; the same command goes on")
     return time.perf_counter() - started
 
 
