@@ -3,7 +3,7 @@
 #
 #   DATA=my_data OUT=output/b16_tokens GPUS=8 bash recipes/b16_256_tokens.sh [more flags]      (these are the defaults)
 #
-# To begin with the published class weights add --init_from jit_b16/checkpoint-last.pth.
+# recipes/jit_tokens_from_classes.sh begins with the published class weights instead.
 # Effective batch 1024 = 128 x 8 GPUs; learning rate 2e-4 = blr x 1024 / 256, constant after five epochs of warm-up.
 # With fewer GPUs add --accum_iter so that the product stays 1024: GPUS=4 bash recipes/b16_256_tokens.sh --accum_iter 2
 # A caption of 40 tokens takes 246 KB in the store with llm-jp-3-3.7b, 41 KB with llm-jp-3-150m; docs/text.md says when to do without a store.
@@ -15,7 +15,7 @@
 #   per million pictures of data   0.17 EFLOP an epoch, 102 EFLOP for 600 epochs
 #   time            8.9 hours per million pictures on eight H100. Assumed: 40 % of 989 TFLOP/s (bf16, dense) on each.
 #   memory          2.7 GB a GPU for weights, two averages and AdamW in float32 (20 bytes x 132.8M parameters), gradients 0.5 GB,
-#                   activations 0.24 GB a picture: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted on a CPU)
+#                   activations 0.24 GB a picture: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted without a GPU)
 set -euo pipefail
 
 DATA=${DATA:-my_data}

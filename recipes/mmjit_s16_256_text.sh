@@ -13,8 +13,8 @@
 #   training        three times as much: 85 GFLOP a picture
 #   per million pictures of data   0.085 EFLOP an epoch, 17 EFLOP for 200 epochs
 #   time            72 hours per million pictures and 200 epochs on an RTX 4090. Assumed: 40 % of 165 TFLOP/s (bf16, dense).
-#   memory          0.9 GB for weights, two averages and AdamW in float32 (20 bytes x 45.4M parameters), gradients 0.2 GB,
-#                   activations 0.18 GB a picture: 12 GB at 64 (tensors that autograd keeps under bf16 autocast, counted on a CPU)
+#   memory          0.9 GB for weights, two averages and AdamW in float32 (20 bytes x 45.3M parameters), gradients 0.2 GB,
+#                   activations 0.18 GB a picture: 12 GB at 64 (tensors that autograd keeps under bf16 autocast, counted without a GPU)
 set -euo pipefail
 
 DATA=${DATA:-my_data}

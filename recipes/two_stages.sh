@@ -8,16 +8,22 @@
 #   alfredplpl/commoncatalog-cc-by-ext       CC-BY-4.0      29,999 dense ones, 310 characters on average
 #   turing-motors/Wikipedia-Vision-JA        CC-BY-SA       1 to 10 million
 #   STAIR Captions                           CC-BY-4.0      820,310 captions of 164,000 pictures of COCO
+#   llm-jp/relaion2B-en-research-safe-japanese-translation  Apache-2.0  1 to 10 billion rows: addresses, translated captions
+#   speed/WAON                               Apache-2.0     153.9 million rows: addresses of pictures, captions
 #   BLIP3o (English; to be recaptioned or translated)       36 million, in tar files
+# All but -ext have brief captions: stage 1 wants them written anew, at some 100 tokens. Licences are as the pages state them; those of the
+# pictures behind addresses are their own.
 # Stage 2 (DATA): 40,000 steps on 120,000 clean pairs at a tenth of the rate, from stage 1's first average. MiniT2I took BLIP3o-60k, DALL-E 3 and
-# ShareGPT-4o pictures (English); GenEval was .826 after both stages, .529 after the first alone, .408 after the second alone.
-# Stage 2 begins where stage 1 has ended; a script that was killed goes on in the stage that it was in.
+# ShareGPT-4o pictures (English; no such set in Japanese is known here, so translate, or take -ext above); GenEval was .826 after both stages,
+# .529 after the first alone, .408 after the second alone.
+# Epochs are those of a million pictures in stage 1 and of 120,000 in stage 2; change them in the script for other numbers, not by a flag, which both
+# stages take. Stage 2 begins where stage 1 has ended; a script that was killed goes on in the stage that it was in.
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
 # Cost, computed, not measured; nothing of this has been measured on a GPU yet:
 #   training        0.43 TFLOP a picture, and 0.07 TFLOP for a caption of 150 tokens in the encoder
-#   stage 1         128 EFLOP, 11 hours on eight H100;  stage 2   21 EFLOP, 1.8 hours. Assumed: 40 % of 989 TFLOP/s
-#                   (bf16, dense) on each.
+#   stage 1         128 EFLOP, 11 hours on eight H100 or H200;  stage 2   21 EFLOP, 1.8 hours. Assumed: 40 % of 989 TFLOP/s
+#                   (bf16, dense) on each. MiniT2I's authors report three days on eight H100: plan for more
 #   memory          as recipes/mmjit_b32_512_text.sh
 set -euo pipefail
 
