@@ -79,6 +79,13 @@ def norm_of(description: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
     return rms_normalized if description["text_norm"] == "rms" else unchanged
 
 
+def rows_at(rows: np.ndarray, lines: Tensor) -> np.ndarray:
+    """The rows of captions in a store, out of those of all lines."""
+    found = rows[lines.numpy()]
+    assert (found >= 0).all(), "a caption that this run was not prepared for"
+    return found
+
+
 class StoredText:
     """conditions(lines) -> (B, width) float32 on the CPU, read by row; the loader's processes do it."""
 
@@ -88,9 +95,7 @@ class StoredText:
         self.features, self.rows, self.null, self.norm = features, rows, null, norm
 
     def __call__(self, lines: Tensor) -> Tensor:
-        rows = self.rows[lines.numpy()]
-        assert (rows >= 0).all(), "a caption that this run was not prepared for"
-        return self.norm(self.features(rows))
+        return self.norm(self.features(rows_at(self.rows, lines)))
 
 
 class LiveText:
@@ -120,9 +125,7 @@ class StoredTokens:
         self.null = Text.null(padded_to, features.width)
 
     def __call__(self, lines: Tensor) -> PackedText:
-        rows = self.rows[lines.numpy()]
-        assert (rows >= 0).all(), "a caption that this run was not prepared for"
-        return packed(*self.features.tokens(rows), self.padded_to, self.norm)
+        return packed(*self.features.tokens(rows_at(self.rows, lines)), self.padded_to, self.norm)
 
 
 class LiveTokens:

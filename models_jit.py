@@ -156,6 +156,15 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def initialize_linears(net: nn.Module) -> None:
+    """Xavier-uniform with zero bias, the patch convolutions too."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: the patch convolutions are linear layers
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
     """(B, N, p p 3), each token (row, column, channel) -> (B, 3, H, W)."""
     p, grid = patch_size, int(tokens.shape[1] ** 0.5)
@@ -216,11 +225,7 @@ class JiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: the patch convolutions are linear layers
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialize_linears(self)
         for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight, self.in_context_posemb):
             nn.init.normal_(weight, std=0.02)
         if isinstance(self.y_embedder, LabelEmbedder):

@@ -9,8 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import parse_model_name
-from models_jit import BottleneckPatchEmbed, RMSNorm, TimeEmbedder, adaln, modulate, sincos_table, unpatchify
+from models_jit import BottleneckPatchEmbed, RMSNorm, TimeEmbedder, adaln, initialize_linears, modulate, sincos_table, unpatchify
 from util.text import Text
+
+Turn = tuple[Tensor, Tensor]  # cosines and sines of the angles of RoPE, (T, D / 2) each, float32: taken once for all blocks
+
+
+def turn_of(angles: Tensor) -> Turn:
+    return angles.cos(), angles.sin()
 
 
 def text_angles(length: int, head_width: int, device: torch.device | None = None) -> Tensor:
@@ -25,10 +31,10 @@ def picture_angles(grid: int, head_width: int) -> Tensor:
     return torch.cat([index.flatten()[:, None] * frequencies for index in (row, column)], dim=1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """RoPE on pairs (j, j + D / 2).  x: (B, heads, T, D); angles: (T, D / 2), float32."""
+def rotate(x: Tensor, turn: Turn) -> Tensor:
+    """RoPE on pairs (j, j + D / 2).  x: (B, heads, T, D)."""
     first, second = x.float().chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = turn
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
 
 
@@ -53,9 +59,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width // num_heads)
         self.k_norm = RMSNorm(width // num_heads)
 
-    def attend(self, qkv: Tensor, angles: Tensor) -> Tensor:  # (B, T, 3 C) -> (B, T, C)
+    def attend(self, qkv: Tensor, turn: Turn) -> Tensor:  # (B, T, 3 C) -> (B, T, C)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        q, k = rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -70,8 +76,8 @@ class TextBlock(Attention):
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, mlp_ratio)
 
-    def forward(self, text: Tensor, angles: Tensor) -> Tensor:  # (B, L, C), (L, D / 2) -> (B, L, C)
-        text = text + self.attn_proj(self.attend(self.qkv(self.norm1(text)), angles))
+    def forward(self, text: Tensor, turn: Turn) -> Tensor:  # (B, L, C) -> (B, L, C)
+        text = text + self.attn_proj(self.attend(self.qkv(self.norm1(text)), turn))
         return text + self.mlp(self.norm2(text))
 
 
@@ -93,12 +99,12 @@ class DoubleBlock(Attention):
             setattr(self, f"{stream}_qkv", nn.Linear(width, 3 * width))
         self.adaLN_modulation = adaln(width, 6) if timed else None
 
-    def forward(self, text: Tensor, x: Tensor, c: Tensor | None, angles: Tensor) -> tuple[Tensor, Tensor]:
-        """text: (B, L, C); x: (B, N, C); c: (B, C), the time; angles: (L + N, D / 2).  Returns: text and x."""
+    def forward(self, text: Tensor, x: Tensor, c: Tensor | None, turn: Turn) -> tuple[Tensor, Tensor]:
+        """text: (B, L, C); x: (B, N, C); c: (B, C), the time; turn: of all L + N.  Returns: text and x."""
         length = text.shape[1]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1) if self.adaLN_modulation else [None] * 6
         qkv = torch.cat([self.txt_qkv(self.txt_norm1(text)), self.img_qkv(modulated(self.img_norm1(x), shift1, scale1))], dim=1)
-        seen = self.attend(qkv, angles)
+        seen = self.attend(qkv, turn)
         x = x + gated(self.img_attn_proj(seen[:, length:]), gate1)
         x = x + gated(self.img_mlp(modulated(self.img_norm2(x), shift2, scale2)), gate2)
         if not self.last:
@@ -163,11 +169,7 @@ class MMJiT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialize_linears(self)
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.zeros_(self.final_layer.linear.weight)
         if self.t_embedder:
@@ -184,18 +186,18 @@ class MMJiT(nn.Module):
     def embed_text(self, y: Text) -> tuple[Tensor, Tensor]:
         """The caption before it meets the picture: (B, L, C), and its angles."""
         angles = text_angles(y.mask.shape[1], self.head_width, y.mask.device)
-        text = self.txt_embedder(torch.where(y.mask[..., None], y.states, self.mask_token))
+        text, turn = self.txt_embedder(torch.where(y.mask[..., None], y.states, self.mask_token)), turn_of(angles)
         for block in self.txt_preamble_blocks:
-            text = block(text, angles)
+            text = block(text, turn)
         return text, angles
 
     def forward(self, z_t: Tensor, t: Tensor, y: Text) -> Tensor:
         """z_t: (B, 3, H, W); t: (B,), in [0, 1]; y: (B, L, text_dim).  Returns: x_pred, (B, 3, H, W)."""
         text, text_places = self.embed_text(y)
         c = self.t_embedder(t) if self.t_embedder else None
-        x, angles = self.img_embedder(z_t) + self.pos_embed, torch.cat([text_places, self.angles])
+        x, turn = self.img_embedder(z_t) + self.pos_embed, turn_of(torch.cat([text_places, self.angles]))
         for block in self.double_blocks:
-            text, x = block(text, x, c, angles)
+            text, x = block(text, x, c, turn)
         return unpatchify(self.final_layer(x, c), self.patch_size, self.in_channels)
 
 

@@ -316,11 +316,12 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
     frozen = encoder.parameters if encoder else (disk.read_manifest(folder) or {}).get("parameters", 0)
     rows = features.find(keys)
     own, other_rows, prompt_rows, null_row = np.split(rows, [len(texts.training_lines), len(texts.lines), len(rows) - 1])
-    say_lengths(features, np.unique(own), np.unique(rows), source.encoder.max_text_len)
+    distinct = np.unique(own)
+    say_lengths(features, distinct, np.unique(rows), source.encoder.max_text_len)
 
     description = {**model.description, "width": features.width, "text_norm": source.norm}
     same = origin is not None and alike(origin, description) and origin.get("pooling") == description["pooling"]
-    description |= statistics_of(features, np.unique(own), source, origin if same else saved)
+    description |= statistics_of(features, distinct, source, origin if same else saved)
     norm, length = norm_of(description), source.encoder.max_text_len
     row_of = np.full(len(texts.captions), -1)
     row_of[texts.training_lines], row_of[texts.other_lines] = own, other_rows
@@ -331,7 +332,7 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
         null = norm(features(null_row))
         conditions = LiveText(encoder, texts.captions, null, norm) if source.cache == "off" else StoredText(features, row_of, null, norm)
         prompts = norm(features(prompt_rows))
-    return Conditioning(conditions, prompts, description, features.width, frozen, bytes_each(features, np.unique(own), source.encoder))
+    return Conditioning(conditions, prompts, description, features.width, frozen, bytes_each(features, distinct, source.encoder))
 
 
 def bytes_each(features: FeatureRows, rows: np.ndarray, config: TextConfig) -> int:

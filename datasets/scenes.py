@@ -232,7 +232,7 @@ def captions(scene: Scene, language: str = "ja") -> list[str]:
 
 
 def long_caption(scene: Scene, rng: random.Random, language: str = "ja") -> str:
-    """One wording after some 230 characters (English: 470) that say nothing about the picture."""
+    """One wording after some 120 characters (English: 470) that say nothing about the picture."""
     text, space = "", "" if language == "ja" else " "
     for sentence in rng.sample(FILLER[language], len(FILLER[language])):
         text += sentence + space
@@ -380,10 +380,10 @@ def write_scenes(root: Path, options: SceneSet) -> None:
         rng = options.stream("picture", index)
         scene = random_scene(options.level, rng, seen=True)
         picture = draw(scene, options.size, rng)
-        told, words = described(options, index, scene), options.stream("words", index)
+        told, filler = described(options, index, scene), options.stream("words", index)
         lines = captions(told, options.language)
         if options.long:
-            lines = [long_caption(told, words, options.language) for _ in lines]
+            lines = [long_caption(told, filler, options.language) for _ in lines]
         write_pair(root, f"{index:05d}", picture, lines)
 
 
@@ -395,7 +395,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32, help="width and height in pixels; three, count and mixed want 64")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--language", choices=("ja", "en"), default="ja")
-    parser.add_argument("--long", action="store_true", help="each caption after some 230 characters that say nothing about the picture")
+    parser.add_argument("--long", action="store_true", help="each caption after some 120 characters (English: 470) that say nothing about the picture")
     parser.add_argument("--wrong", type=float, default=0.0, help="share of pictures with the captions of another scene")
     parser.add_argument("--corpus", type=Path, default=None, help="also (or, without --out, only) write text for demo.tiny_llm into this file")
     parser.add_argument("--words", type=Path, default=None, help="and the words that captions are made of into this one, for its tokenizer")
