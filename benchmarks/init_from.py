@@ -7,13 +7,9 @@ the judge says what share of the pictures of pairs never seen is right after so 
 import argparse
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-from PIL import Image
-
-from benchmarks.text_choices import PAIRS, PROMPTS, SIZE, main_jit
+from benchmarks.text_choices import PAIRS, SIZE, draw, main_jit, make_data
 from datasets.demo import HELD_OUT
 from demo.judge import DigitJudge, shares_right
 
@@ -21,12 +17,12 @@ COMMON = ["--img_size", str(SIZE), "--device", "cpu", "--num_workers", "0", "--b
 COMMON += ["--lr_schedule", "cosine", "--cfg", "2.5", "--num_sampling_steps", "20"]
 
 
-def make_data(root: Path) -> None:
-    """Captioned digits, the same in folders of their classes, and a language model."""
-    if (root / "llm" / "config.json").exists():
+def make_all(root: Path) -> None:
+    """Captioned digits, a language model, and the digits in folders of their classes."""
+    if (root / "classes").is_dir() and (root / "llm" / "config.json").exists():
         return
     data, classes = root / "data", root / "classes" / "train"
-    subprocess.run([sys.executable, "-m", "datasets.demo", "digits", "--out", str(data), "--size", str(SIZE)], check=True)
+    make_data(root)
     from sklearn.datasets import load_digits
 
     digits = load_digits().target
@@ -34,7 +30,6 @@ def make_data(root: Path) -> None:
         folder = classes / str(digits[int(picture.stem.split("-")[0])])
         folder.mkdir(parents=True, exist_ok=True)
         os.link(picture, folder / picture.name)
-    subprocess.run([sys.executable, "-m", "demo.tiny_llm", "--data_path", str(data), "--out", str(root / "llm"), "--steps", "300"], check=True)
 
 
 def trial(root: Path, model: str, begun: bool, epochs: int, judge: DigitJudge) -> dict:
@@ -43,9 +38,7 @@ def trial(root: Path, model: str, begun: bool, epochs: int, judge: DigitJudge) -
         text = ["--data_path", str(root / "data"), "--llm_model_name", str(root / "llm"), "--max_text_len", "16"]
         start = ["--init_from", str(root / "class-run")] if begun else ["--resume", str(run)]
         main_jit("--model", model, *COMMON, *text, *start, "--output_dir", str(run), "--epochs", str(epochs), "--save_last_freq", str(epochs))
-        (run / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
-        main_jit("--generate", "--resume", str(run), "--prompts_file", str(run / "prompts.txt"), "--device", "cpu")
-        found = judge([Image.open(run / "samples" / f"{i:04d}.png").convert("RGB") for i in range(len(PROMPTS))])
+        found = judge(draw(run, "--resume", str(run), "--device", "cpu"))
         half = sum(pair in HELD_OUT for pair in PAIRS)
         result = {"unseen": shares_right(found[:half], PAIRS[:half])[2], "seen": shares_right(found[half:], PAIRS[half:])[2]}
         (run / "result.json").write_text(json.dumps(result))
@@ -57,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for data, language model and runs")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    make_data(args.out)
+    make_all(args.out)
     classes, judge = args.out / "class-run", DigitJudge(SIZE)
     main_jit("--model", "JiT-Nano/8", "--class_num", "10", *COMMON, "--data_path", str(args.out / "classes"), "--output_dir", str(classes),
              "--resume", str(classes), "--epochs", "7", "--no-hflip")  # fmt: skip

@@ -46,6 +46,19 @@ def main_jit(*flags: str) -> None:
     subprocess.run([sys.executable, "main_jit.py", *flags], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def draw(run: Path, *flags: str) -> list[Image.Image]:
+    """A picture of each of the PROMPTS."""
+    (run / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    main_jit(*flags, "--generate", "--prompts_file", str(run / "prompts.txt"))
+    return [Image.open(run / "samples" / f"{i:04d}.png").convert("RGB") for i in range(len(PROMPTS))]
+
+
+def make_data(root: Path) -> None:
+    """The captioned digits, and a language model trained on their captions."""
+    subprocess.run([sys.executable, "-m", "datasets.demo", "digits", "--out", str(root / "data"), "--size", str(SIZE)], check=True)
+    subprocess.run([sys.executable, "-m", "demo.tiny_llm", "--data_path", str(root / "data"), "--out", str(root / "llm"), "--steps", "300"], check=True)
+
+
 def trial(root: Path, model: str, choice: tuple[str, str, int], epochs: int, judge: DigitJudge, nearest: Nearest) -> list:
     layer, norm, seed = choice
     suffix = model.rsplit("-", 1)[1]
@@ -55,9 +68,7 @@ def trial(root: Path, model: str, choice: tuple[str, str, int], epochs: int, jud
     training = ["--data_path", str(root / "data"), "--text_cache_dir", str(store), "--batch_size", "64", "--lr", "1e-3", "--warmup_epochs", "0.25"]
     training += ["--lr_schedule", "cosine", "--epochs", str(epochs), "--save_last_freq", str(epochs), "--num_workers", "1", "--log_freq", "40"]
     main_jit(*common, *training)
-    (run / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
-    main_jit(*common, "--generate", "--prompts_file", str(run / "prompts.txt"))
-    pictures = [Image.open(run / "samples" / f"{i:04d}.png").convert("RGB") for i in range(len(PROMPTS))]
+    pictures = draw(run, *common)
     shares = [shares_right(judged[part], PAIRS[part])[2] for judged in (judge(pictures), nearest(pictures)) for part in (slice(160), slice(160, None))]
     events = EventAccumulator(str(run))
     events.Reload()
@@ -89,10 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "llm" / "config.json").exists():
-        subprocess.run([sys.executable, "-m", "datasets.demo", "digits", "--out", str(args.out / "data"), "--size", str(SIZE)], check=True)
-        subprocess.run(
-            [sys.executable, "-m", "demo.tiny_llm", "--data_path", str(args.out / "data"), "--out", str(args.out / "llm"), "--steps", "300"], check=True
-        )
+        make_data(args.out)
     results = args.out / f"results-{args.model.rsplit('-', 1)[1]}.csv"
     rows = list(csv.reader(results.open())) if results.exists() else []
     judge, nearest = DigitJudge(SIZE), Nearest()

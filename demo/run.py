@@ -80,6 +80,14 @@ def judge_digits(judge: DigitJudge, title: str, pictures: list[Image.Image], pai
     return both
 
 
+def train_in_two(training: list[str], epochs: int) -> None:
+    """Half of the epochs, a stop, and the rest from where it stopped."""
+    step(f"training, epochs 1 to {epochs // 2}")
+    torchrun(PROCESSES, *training, "--epochs", str(epochs // 2))
+    step(f"training goes on where it stopped, to epoch {epochs}, its learning rate falling to 0")
+    torchrun(PROCESSES, *training, "--epochs", str(epochs), "--lr_schedule", "cosine")
+
+
 def digits(out: Path, llm: str | None, epochs: int) -> None:
     data, run, size = out / "data", out / "run", 32
     step("1,797 real handwritten digits in eight colours, with Japanese captions")
@@ -88,11 +96,7 @@ def digits(out: Path, llm: str | None, epochs: int) -> None:
     training = ["--model", "JiT-Nano/8-Text", "--img_size", str(size), "--llm_model_name", name, "--device", "cpu", "--num_workers", "1"]
     training += ["--data_path", str(data), "--output_dir", str(run), "--resume", str(run), "--batch_size", str(64 // PROCESSES), "--lr", "1e-3"]
     training += ["--warmup_epochs", "0.25", "--log_freq", "40", "--save_last_freq", "1", "--cfg", "2.5", "--num_sampling_steps", "20"]
-    step(f"training, epochs 1 to {epochs // 2}")
-    torchrun(PROCESSES, *training, "--epochs", str(epochs // 2))
-    step(f"training goes on where it stopped, to epoch {epochs}, its learning rate falling to 0")
-    torchrun(PROCESSES, *training, "--epochs", str(epochs), "--lr_schedule", "cosine")
-
+    train_in_two(training, epochs)
     print(text_gap(run))
 
     step("pictures of pairs seen in training and of pairs never seen")
@@ -147,10 +151,7 @@ def scenes(out: Path, llm: str | None, epochs: int) -> None:
     training = ["--model", "JiT-Nano/8-Tokens", "--img_size", str(size), "--llm_model_name", llm, "--max_text_len", "32", "--device", "cpu"]
     training += ["--data_path", str(data), "--output_dir", str(run), "--resume", str(run), "--batch_size", str(64 // PROCESSES), "--lr", "1e-3"]
     training += ["--warmup_epochs", "0.25", "--save_last_freq", "1", "--cfg", "2.5", "--num_sampling_steps", "20", "--num_workers", "0"]
-    step(f"training, epochs 1 to {epochs // 2}")
-    torchrun(PROCESSES, *training, "--epochs", str(epochs // 2))
-    step(f"training goes on where it stopped, to epoch {epochs}, its learning rate falling to 0")
-    torchrun(PROCESSES, *training, "--epochs", str(epochs), "--lr_schedule", "cosine")
+    train_in_two(training, epochs)
     print(text_gap(run))
 
     step("pictures of things seen in training and of things never seen")
