@@ -1,7 +1,8 @@
 """Does the picture show what the caption says?  Networks trained on scenes that a program draws, and a program that judges what they draw.
 
-`python -m benchmarks.alignment run GROUP ...` trains, draws and judges the experiments of a group one after another, below --out (runs/alignment). What is there already
-is kept, and a run that was killed goes on where it stopped; several calls on different groups share the work. `table GROUP` prints what is there.
+`python -m benchmarks.alignment run GROUP ...` trains, draws and judges the experiments of the groups one after another, below --out (runs/alignment). What is there already
+is kept, and a run that was killed goes on where it stopped; several calls share the work, and `--jobs 12` makes so many of them (small networks leave a GPU idle).
+`table GROUP` prints what is there.
 """
 
 import argparse
@@ -12,18 +13,18 @@ import shlex
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from datasets.scenes import Scene, SceneSet, captions, corpus, long_caption, random_scene, words, write_scenes
 from datasets.scenes import draw as draw_scene
-from demo.scene_judge import judge, rates
-from util import checkpoint
+from datasets.transforms import to_image
+from demo.scene_judge import find_things, judge, rates, verdict
+from util.errors import UserError
+from util.files import Lock
 
-BATCH = 64
 EPOCH = 25_000  # pictures: the data holds 64 more, which are held out
 ASPECTS = ("shape", "colour", "binding", "relation", "everything")
 DATA = {
@@ -32,7 +33,7 @@ DATA = {
     "two-long": SceneSet("two", EPOCH + 64, 32, long=True),
     "two-wrong": SceneSet("two", EPOCH + 64, 32, wrong=0.3),
     "two-clean": SceneSet("two", EPOCH // 20 + 12, 32, seed=1),  # a hundredth is held out
-    "mixed": SceneSet("mixed", 4 * EPOCH + 64, 64),
+    "mixed": SceneSet("mixed", 2 * EPOCH + 64, 64),
 }
 LENGTHS = {"two-long": 160, "mixed": 48}  # tokens; else 32
 LEVELS = {"mixed": ("three", "count", "two", "one")}  # what is judged; else the data's own
@@ -47,32 +48,45 @@ class Experiment:
     lr: float = 1e-3
     noise: float = 1.0
     thousands: int = 200  # pictures seen in training
+    batch: int = 64
     judged: int = 500  # pictures of each kind and level
     begins: str = ""  # the experiment whose weights it begins with
     flags: tuple[str, ...] = ()
 
 
-NETWORKS = {"pooled": "JiT-Nano/8-Text", "tokens": "JiT-Nano/8-Tokens", "mmjit": "MMJiT-Nano/8", "adaln": "MMJiT-Nano5/8-AdaLN"}
-RATES, NOISES = (5e-4, 1e-3, 2e-3), (1.0, 1.5, 2.0)
+NETWORKS = {  # at 2.8M parameters within 5 %, by depth; tokens6 is JiT-Nano at its own 1.9M
+    "pooled": "JiT-Nano9/8-Text",
+    "tokens": "JiT-Nano9/8-Tokens",
+    "tokens6": "JiT-Nano/8-Tokens",
+    "mmjit": "MMJiT-Nano/8",
+    "adaln": "MMJiT-Nano5/8-AdaLN",
+}
+RATES, NOISES = (1e-3, 2e-3, 4e-3), (1.0, 2.0)
 
 
 def sweep() -> Iterator[Experiment]:
-    """Learning rate, then noise scale, of each network, an epoch each."""
-    for lr, noise in [*((lr, 1.0) for lr in RATES), *((1e-3, noise) for noise in NOISES[1:])]:
+    """Learning rate and noise scale of each network, at half of the pictures: after 25,000 the judge cannot tell them apart."""
+    for lr, noise in [*((lr, noise) for lr in (2e-3, 1e-3, 4e-3) for noise in NOISES), (2e-3, 1.5)]:
         for name, model in NETWORKS.items():
-            yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", model, lr=lr, noise=noise, thousands=25, judged=100)
+            yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", model, lr=lr, noise=noise, thousands=100, judged=300)
 
 
-def pilot() -> Iterator[Experiment]:
-    """The same at 200k pictures, where they differ: one seed."""
-    for name, lr, noise in (
-        *(("tokens", 1e-3, 1.0), ("mmjit", 1e-3, 2.0), ("tokens", 2e-3, 1.0), ("mmjit", 2e-3, 2.0), ("pooled", 2e-3, 1.0), ("adaln", 1e-3, 1.0)),
-        *(("tokens", 1e-3, 2.0), ("mmjit", 1e-3, 1.0), ("adaln", 2e-3, 1.0), ("adaln", 1e-3, 2.0), ("pooled", 1e-3, 1.0), ("pooled", 2e-3, 2.0)),
-    ):
-        yield Experiment(f"two-{name}-lr{lr:g}-noise{noise:g}-seed0", NETWORKS[name], lr=lr, noise=noise)
+def mixed() -> Iterator[Experiment]:
+    """All levels at once."""
+    for name, noise in (("tokens", 1.0), ("mmjit", 2.0)):
+        yield Experiment(f"mixed-{name}-500k", NETWORKS[name], data="mixed", lr=2e-3, noise=noise, thousands=500, batch=128, judged=200)
 
 
-GROUPS = {"sweep": tuple(sweep()), "pilot": tuple(pilot())}
+def choices() -> Iterator[Experiment]:
+    """Which states of the language model tokens should be."""
+    for layer in ("mean", "last"):
+        for norm in ("standardize", "rms", "none"):
+            flags = ("--llm_layer", layer, "--text_norm", norm, "--text_cache", "memory")
+            yield Experiment(f"choices-{layer}-{norm}", NETWORKS["tokens6"], lr=2e-3, thousands=100, judged=300, flags=flags)
+
+
+GROUPS = {"mixed": tuple(mixed()), "sweep": tuple(sweep()), "choices": tuple(choices())}
+GROUPS["smoke"] = (Experiment("smoke", NETWORKS["tokens6"], lr=2e-3, thousands=25, judged=50),)
 
 
 # --- what an experiment needs
@@ -115,40 +129,41 @@ def make_data(root: Path, name: str) -> tuple[Path, Path]:
     return data, llm
 
 
-def train(one: Experiment, root: Path) -> float:
+def jit(*flags: str) -> None:
+    """main_jit.py with alignment_variants' networks in this process, which has imported everything and decoded the pictures already."""
+    import main_jit
+    from benchmarks import alignment_variants  # noqa: F401
+
+    print("$ python -m benchmarks.alignment_variants", shlex.join(flags), flush=True)
+    main_jit.run(main_jit.flags.parse(flags))
+
+
+def train(one: Experiment, root: Path, device: str) -> float:
     """Until its last epoch, from where it stands.  Returns: seconds."""
     (data, llm), run, options = make_data(root, one.data), root / "runs" / one.name, DATA[one.data]
-    epoch = (options.count - min(64, options.count // 100)) // BATCH * BATCH
+    epoch = (options.count - min(64, options.count // 100)) // one.batch * one.batch
     epochs = round(1000 * one.thousands / epoch)
     flags = ["--model", one.model, "--img_size", str(options.size), "--data_path", str(data), "--output_dir", str(run)]
     flags += ["--init_from", str(root / "runs" / one.begins)] if one.begins else ["--resume", str(run)]
     flags += ["--llm_model_name", str(llm), "--max_text_len", str(LENGTHS.get(one.data, 32)), "--noise_scale", str(one.noise), "--seed", str(one.seed)]
-    flags += ["--epochs", str(epochs), "--save_last_freq", str(max(1, EPOCH // epoch)), "--batch_size", str(BATCH)]
+    flags += ["--epochs", str(epochs), "--save_last_freq", str(max(1, EPOCH // epoch)), "--batch_size", str(one.batch)]
     flags += ["--lr", str(one.lr), "--lr_schedule", "cosine", "--warmup_epochs", f"{0.25 * EPOCH / epoch:.2f}", "--cfg", "2.5", "--num_sampling_steps", "20"]
     started = time.perf_counter()
-    call("-m", "benchmarks.alignment_variants", *flags, "--device", "cpu", "--num_workers", "0", "--log_freq", "100", *one.flags)
-    if checkpoint.load(run / checkpoint.LAST)["epoch"] + 1 < epochs:
-        sys.exit(f"error: {run} was stopped before its last epoch; the same command goes on")
+    jit(*flags, "--device", device, "--precision", "fp32", "--num_workers", "0", "--log_freq", "100", *one.flags)
     return time.perf_counter() - started
 
 
-def draw(run: Path, lines: Sequence[str]) -> list[Image.Image]:
-    listing = run / "prompts.txt"
-    listing.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    call("-m", "benchmarks.alignment_variants", "--generate", "--resume", str(run), "--prompts_file", str(listing), "--device", "cpu", "--gen_bsz", "128")
-    return [Image.open(run / "samples" / f"{i:04d}.png").convert("RGB") for i in range(len(lines))]
-
-
-def measure(one: Experiment, root: Path) -> dict:
+def measure(one: Experiment, root: Path, device: str) -> dict:
     """Shares right with their 95 % intervals, of seen and of unseen scenes of each level; and the floor: the same pictures under each other's captions."""
-    options, found = DATA[one.data], {}
-    kinds = [(level, kind) for level in LEVELS.get(one.data, (options.level,)) for kind in ("seen", "unseen")]
-    asked = [prompts_of(level, kind == "seen", one.judged, options) for level, kind in kinds]
-    pictures = draw(root / "runs" / one.name, [line for _, lines in asked for line in lines])
-    for i, ((level, kind), (scenes, _)) in enumerate(zip(kinds, asked)):
-        own = pictures[i * one.judged : (i + 1) * one.judged]
-        found.setdefault(level, {})[kind] = rates([judge(picture, scene) for picture, scene in zip(own, scenes)])
-        found[level][f"{kind}, shuffled"] = rates([judge(picture, scene) for picture, scene in zip(own, scenes[1:] + scenes[:1])])
+    from sampling import load_painter
+
+    options, found, painter = DATA[one.data], {}, load_painter(root / "runs" / one.name, device=device)
+    for level in LEVELS.get(one.data, (options.level,)):
+        for kind in ("seen", "unseen"):
+            scenes, lines = prompts_of(level, kind == "seen", one.judged, options)
+            things = [find_things(to_image(picture), level) for picture in painter(lines)]
+            found.setdefault(level, {})[kind] = rates([verdict(seen, scene) for seen, scene in zip(things, scenes)])
+            found[level][f"{kind}, shuffled"] = rates([verdict(seen, scene) for seen, scene in zip(things, scenes[1:] + scenes[:1])])
     return found
 
 
@@ -162,22 +177,45 @@ def ceiling() -> None:
             print(f"| {level} | {kind} | {' | '.join(shown(found[aspect]) for aspect in ASPECTS)} |")
 
 
-def run_one(one: Experiment, root: Path) -> None:
-    result = root / "results" / f"{one.name}.json"
-    claim = root / "results" / f"{one.name}.claimed"
-    result.parent.mkdir(parents=True, exist_ok=True)
-    if result.exists():
-        return
+def run_one(one: Experiment, root: Path, device: str) -> None:
+    """Where nobody else is at it, and it is not there yet."""
+    result, claim = root / "results" / f"{one.name}.json", root / "claims" / one.name
+    for folder in (result.parent, claim):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
-        claim.touch(exist_ok=False)
-    except FileExistsError:  # another call is at it; delete the file if that one was killed
+        held = Lock(claim, "--out")
+    except UserError:  # another process has it
         return
-    seconds = train(one, root)
-    found = measure(one, root)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result.write_text(json.dumps({**asdict(one), "seconds": round(seconds), "commit": commit, "rates": found}, indent=1, ensure_ascii=False) + "\n")
-    claim.unlink()
-    print(rows(one, found, seconds), flush=True)
+    if not result.exists():
+        seconds = train(one, root, device)
+        found = measure(one, root, device)
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        facts = {**asdict(one), "seconds": round(seconds), "commit": commit, "device": device, "rates": found}
+        result.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(rows(one, found, seconds), flush=True)
+    held.file.close()
+
+
+def run_all(experiments: Sequence[Experiment], root: Path, device: str, until: float) -> None:
+    """One after another; one that begins with another's weights waits for it.  until: nothing is begun after that time."""
+    left = list(experiments)
+    while left and time.time() < until:
+        ready = [one for one in left if not one.begins or (root / "results" / f"{one.begins}.json").exists()]
+        if not ready:
+            time.sleep(1)
+            continue
+        left.remove(ready[0])
+        try:
+            run_one(ready[0], root, device)
+        except Exception:  # the others are not to blame
+            traceback.print_exc()
+
+
+def run_lanes(jobs: int, root: Path, command: Sequence[str]) -> None:
+    """So many processes of this program, whose words go into lane-N.txt."""
+    lanes = [subprocess.Popen([sys.executable, "-m", "benchmarks.alignment", *command], stdout=(root / f"lane-{i}.txt").open("w"), stderr=subprocess.STDOUT) for i in range(jobs)]  # fmt: skip
+    for lane in lanes:
+        lane.wait()
 
 
 def shown(rate: Sequence[float]) -> str:
@@ -209,16 +247,23 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "table", "ceiling"))
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--out", type=Path, default=Path("runs/alignment"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
+    parser.add_argument("--until", type=float, default=float("inf"), help="begin nothing after that time, in seconds since 1970")
     args = parser.parse_args()
     if args.what == "ceiling":
         ceiling()
     if unknown := set(args.groups) - set(GROUPS):
         sys.exit(f"error: no group {unknown.pop()}; there are {', '.join(GROUPS)}")
-    for name in args.groups:
-        for one in GROUPS[name] if args.what == "run" else ():
-            run_one(one, args.out)
-        if args.what == "table":
-            table(GROUPS[name], args.out)
+    if args.what == "table":
+        table([one for name in args.groups for one in GROUPS[name]], args.out)
+    elif args.what == "run" and args.jobs > 1:
+        for data in dict.fromkeys(one.data for name in args.groups for one in GROUPS[name]):
+            make_data(args.out, data)
+        options = ["--out", str(args.out), "--device", args.device, "--until", str(args.until)]
+        run_lanes(args.jobs, args.out, ["run", *args.groups, *options])
+    elif args.what == "run":
+        run_all([one for name in args.groups for one in GROUPS[name]], args.out, args.device, args.until)
 
 
 if __name__ == "__main__":

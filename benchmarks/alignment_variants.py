@@ -1,8 +1,10 @@
 """main_jit.py with the networks besides that benchmarks/alignment.py compares: other sizes, and tokens read in other ways.  `python -m benchmarks.alignment_variants FLAGS`.
 
 Sizes: `Nano9` JiT with nine blocks and `Nano5` MM-JiT with five, at the parameters of MMJiT-Nano; `Zero` JiT-Nano whose tokens enter at block 0;
-`W96` either, 96 wide. Ways: `-TokensMasked` hides padding from the attention in place of a mask token; `-TokensPooled` adds the mean of the tokens to adaLN.
+`W96` either, 96 wide. Pictures are decoded once a process. Ways: `-TokensMasked` hides padding from the attention in place of a mask token; `-TokensPooled` adds the mean of the tokens to adaLN.
 """
+
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ import config
 import main_jit
 import models_jit
 import models_mmjit
+from datasets import stream
+from datasets.transforms import center_crop, open_rgb, to_uint8
 from util.text import Text
 
 SIZES = {
@@ -69,6 +73,12 @@ def build(name: str, **kwargs) -> models_jit.JiT:
     return add_pooled(net, kwargs["text_dim"]) if way == "Pooled" else net
 
 
+@cache
+def decoded(path: str, size: int) -> Tensor:
+    return to_uint8(center_crop(open_rgb(path), size))
+
+
+stream.PictureDataset.picture = lambda dataset, index: decoded(dataset.paths[index], dataset.img_size)
 plain, models_jit.build_model = models_jit.build_model, build
 for way in ("Masked", "Pooled"):
     config.CONDITIONS["JiT", f"-Tokens{way}"] = "tokens"

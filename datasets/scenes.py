@@ -11,6 +11,8 @@ import random
 import re
 import sys
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -367,8 +369,19 @@ def described(options: SceneSet, index: int, scene: Scene) -> Scene:
     return other
 
 
+def write_scene(root: Path, options: SceneSet, index: int) -> None:
+    rng = options.stream("picture", index)
+    scene = random_scene(options.level, rng, seen=True)
+    picture = draw(scene, options.size, rng)
+    told, filler = described(options, index, scene), options.stream("words", index)
+    lines = captions(told, options.language)
+    if options.long:
+        lines = [long_caption(told, filler, options.language) for _ in lines]
+    write_pair(root, f"{index:05d}", picture, lines)
+
+
 def write_scenes(root: Path, options: SceneSet) -> None:
-    """images/NNNNN.png and captions/NNNNN.txt, one wording a line; picture i depends on level, size and seed alone.
+    """images/NNNNN.png and captions/NNNNN.txt, one wording a line; picture i depends on level, size and seed alone.  On all cores.
 
     Raises: UserError for what cannot be drawn, and for a folder that holds pictures already.
     """
@@ -376,15 +389,13 @@ def write_scenes(root: Path, options: SceneSet) -> None:
     make_folders(root)
     if any((root / "images").iterdir()):
         raise UserError(f"{root / 'images'} is not empty; remove it, or give --out another folder")
-    for index in range(options.count):
-        rng = options.stream("picture", index)
-        scene = random_scene(options.level, rng, seen=True)
-        picture = draw(scene, options.size, rng)
-        told, filler = described(options, index, scene), options.stream("words", index)
-        lines = captions(told, options.language)
-        if options.long:
-            lines = [long_caption(told, filler, options.language) for _ in lines]
-        write_pair(root, f"{index:05d}", picture, lines)
+    write = partial(write_scene, root, options)
+    if options.count < 1000:  # sooner done than processes are made
+        for index in range(options.count):
+            write(index)
+        return
+    with get_context("fork").Pool() as pool:
+        pool.map(write, range(options.count), chunksize=256)
 
 
 def main() -> None:

@@ -165,15 +165,20 @@ def arranged(found: Sequence[Found], scene: Scene) -> bool:
     return bool(ways) and all(stands(found[way[i]], relation, found[way[j]]) for way in ways for i, relation, j in scene.relations)
 
 
-def judge(picture: Image.Image, scene: Scene) -> Verdict:
-    """What of the scene the picture shows; a thing too many or too few is wrong."""
-    found, wanted = find_things(picture, scene.level), scene.drawn()
+def verdict(found: Sequence[Found], scene: Scene) -> Verdict:
+    """What of the scene those things are; a thing too many or too few is wrong."""
+    wanted = scene.drawn()
     if len(found) > 2 * len(wanted) + 2:  # no picture of a scene; and too many to be told apart
         return Verdict(False, False, False, False)
     things = [one.thing for one in found]
     shape = Counter(thing.shape for thing in things) == Counter(thing.shape for thing in wanted)
     colour = Counter(thing.colour for thing in things) == Counter(thing.colour for thing in wanted)
     return Verdict(shape, colour, binding=Counter(things) == Counter(wanted), relation=arranged(found, scene))
+
+
+def judge(picture: Image.Image, scene: Scene) -> Verdict:
+    """What of the scene the picture shows."""
+    return verdict(find_things(picture, scene.level), scene)
 
 
 def rates(verdicts: Sequence[Verdict]) -> dict[str, tuple[float, float, float]]:
