@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torchvision.utils import make_grid
+
 from datasets.scenes import Scene, SceneSet, captions, corpus, long_caption, random_scene, words, write_scenes
 from datasets.scenes import draw as draw_scene
 from datasets.transforms import to_image
@@ -29,6 +31,7 @@ EPOCH = 25_000  # pictures: the data holds 64 more, which are held out
 ASPECTS = ("shape", "colour", "binding", "relation", "everything")
 DATA = {
     "two": SceneSet("two", EPOCH + 64, 32),
+    "two-anywhere": SceneSet("two", EPOCH + 64, 32, spread=1.0),
     "two-en": SceneSet("two", EPOCH + 64, 32, language="en"),
     "two-long": SceneSet("two", EPOCH + 64, 32, long=True),
     "two-wrong": SceneSet("two", EPOCH + 64, 32, wrong=0.3),
@@ -71,6 +74,16 @@ def sweep() -> Iterator[Experiment]:
             yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", model, lr=lr, noise=noise, thousands=100, judged=300)
 
 
+def pilot() -> Iterator[Experiment]:
+    for data in ("two", "two-anywhere"):
+        for name, noise in (("tokens6", 1.0), ("mmjit", 2.0), ("tokens", 1.0)):
+            yield Experiment(f"pilot-{data}-{name}", NETWORKS[name], data=data, lr=2e-3, noise=noise, judged=300)
+    yield Experiment("pilot-two-anywhere-patch4", "JiT-Nano/4-Tokens", data="two-anywhere", lr=2e-3, judged=300)
+    yield Experiment("pilot-two-patch4", "JiT-Nano/4-Tokens", lr=2e-3, judged=300)
+    yield Experiment("pilot-two-warm", NETWORKS["tokens6"], lr=2e-3, judged=300, flags=("--warmup_epochs", "1"))
+    yield Experiment("pilot-two-drop", NETWORKS["tokens6"], lr=2e-3, judged=300, flags=("--P_mean", "-0.4"))
+
+
 def mixed() -> Iterator[Experiment]:
     """All levels at once."""
     for name, noise in (("tokens", 1.0), ("mmjit", 2.0)):
@@ -85,8 +98,8 @@ def choices() -> Iterator[Experiment]:
             yield Experiment(f"choices-{layer}-{norm}", NETWORKS["tokens6"], lr=2e-3, thousands=100, judged=300, flags=flags)
 
 
-GROUPS = {"mixed": tuple(mixed()), "sweep": tuple(sweep()), "choices": tuple(choices())}
-GROUPS["smoke"] = (Experiment("smoke", NETWORKS["tokens6"], lr=2e-3, thousands=25, judged=50),)
+GROUPS = {"pilot": tuple(pilot()), "mixed": tuple(mixed()), "sweep": tuple(sweep()), "choices": tuple(choices())}
+GROUPS["smoke"] = (Experiment("smoke", NETWORKS["tokens6"], data="two-anywhere", lr=2e-3, thousands=25, judged=50),)
 
 
 # --- what an experiment needs
@@ -149,7 +162,7 @@ def train(one: Experiment, root: Path, device: str) -> float:
     flags += ["--epochs", str(epochs), "--save_last_freq", str(max(1, EPOCH // epoch)), "--batch_size", str(one.batch)]
     flags += ["--lr", str(one.lr), "--lr_schedule", "cosine", "--warmup_epochs", f"{0.25 * EPOCH / epoch:.2f}", "--cfg", "2.5", "--num_sampling_steps", "20"]
     started = time.perf_counter()
-    jit(*flags, "--device", device, "--precision", "fp32", "--num_workers", "0", "--log_freq", "100", *one.flags)
+    jit(*flags, "--device", device, "--precision", "fp32", "--num_workers", "0", "--log_freq", "100", "--gen_bsz", "1024", *one.flags)
     return time.perf_counter() - started
 
 
@@ -161,7 +174,9 @@ def measure(one: Experiment, root: Path, device: str) -> dict:
     for level in LEVELS.get(one.data, (options.level,)):
         for kind in ("seen", "unseen"):
             scenes, lines = prompts_of(level, kind == "seen", one.judged, options)
-            things = [find_things(to_image(picture), level) for picture in painter(lines)]
+            pictures = painter(lines)
+            to_image(make_grid(pictures[:64], nrow=16, pad_value=160)).save(root / "results" / f"{one.name}-{level}-{kind}.png")
+            things = [find_things(to_image(picture), level) for picture in pictures]
             found.setdefault(level, {})[kind] = rates([verdict(seen, scene) for seen, scene in zip(things, scenes)])
             found[level][f"{kind}, shuffled"] = rates([verdict(seen, scene) for seen, scene in zip(things, scenes[1:] + scenes[:1])])
     return found

@@ -1,9 +1,10 @@
 """main_jit.py with the networks besides that benchmarks/alignment.py compares: other sizes, and tokens read in other ways.  `python -m benchmarks.alignment_variants FLAGS`.
 
 Sizes: `Nano9` JiT with nine blocks and `Nano5` MM-JiT with five, at the parameters of MMJiT-Nano; `Zero` JiT-Nano whose tokens enter at block 0;
-`W96` either, 96 wide. Pictures are decoded once a process. Ways: `-TokensMasked` hides padding from the attention in place of a mask token; `-TokensPooled` adds the mean of the tokens to adaLN.
+`W96` either, 96 wide. Pictures are decoded once a process, and on a GPU a network is one CUDA graph. Ways: `-TokensMasked` hides padding from the attention in place of a mask token; `-TokensPooled` adds the mean of the tokens to adaLN.
 """
 
+import os
 from functools import cache
 
 import torch
@@ -15,7 +16,8 @@ import models_jit
 import models_mmjit
 from datasets import stream
 from datasets.transforms import center_crop, open_rgb, to_uint8
-from util.text import Text
+from util.parallel import Parallel
+from util.text import Text, Y
 
 SIZES = {
     "JiT": {"Nano9": (128, 9, 4, 32, 3, 8), "Zero": (128, 6, 4, 32, 0, 8), "W96": (96, 6, 3, 32, 2, 8)},
@@ -71,6 +73,33 @@ def build(name: str, **kwargs) -> models_jit.JiT:
     if way == "Masked":
         return hide_padding(net)
     return add_pooled(net, kwargs["text_dim"]) if way == "Pooled" else net
+
+
+class Plain(nn.Module):
+    """A network that takes nothing but tensors."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, z_t: Tensor, t: Tensor, *y: Tensor) -> Tensor:
+        return self.net(z_t, t, Text(*y) if len(y) == 2 else y[0])
+
+
+def call(parallel: Parallel, z_t: Tensor, t: Tensor, y: Y) -> Tensor:
+    """Parallel.__call__; on a GPU by a graph, since small networks spend nearly all of a step on starting kernels.  Batches are all of one size."""
+    if parallel.device.type != "cuda" or os.environ.get("EAGER"):
+        return parallel.call(z_t, t, y)
+    tensors = (z_t, t, *((y.states, y.mask) if isinstance(y, Text) else (y,)))
+    if parallel not in graphs:
+        assert not parallel.bf16
+        graphs.clear()
+        graphs[parallel] = torch.cuda.make_graphed_callables(Plain(parallel.net), tuple(tensor.clone() for tensor in tensors))
+    return graphs[parallel](*tensors)
+
+
+graphs: dict[Parallel, nn.Module] = {}
+Parallel.__call__ = call
 
 
 @cache

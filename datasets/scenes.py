@@ -56,6 +56,7 @@ LEVELS = ("one", "two", "three", "count")
 RADII = {"one": (4.5 / 32, 6 / 32), "two": (4.5 / 32, 6 / 32), "three": (6 / 64, 8 / 64), "count": (5.5 / 64, 7 / 64)}  # of a picture's width
 SMALLEST = {"one": 32, "two": 32, "three": 64, "count": 64, "mixed": 64}  # pixels; below it things come nearer than two pixels
 SUPERSAMPLING = 8
+SPREAD = 0.15  # of related things over the picture
 
 
 @dataclass(frozen=True)
@@ -292,23 +293,27 @@ def cells(scene: Scene) -> list[tuple[int, int]]:
     return [found[i] for i in range(len(found))]
 
 
-def related_spots(scene: Scene, rng: random.Random) -> list[Spot]:
-    """Neighbours on a grid that lies anywhere in the picture, each a little beside its place: at least two pixels are left between them."""
+def related_spots(scene: Scene, rng: random.Random, spread: float) -> list[Spot]:
+    """Neighbours on a grid, each a little beside its place: at least two pixels are left between them.
+
+    The grid lies in the middle at `spread` 0 and anywhere in the picture at 1: no caption says where, so it only makes pictures harder to draw.
+    """
     step, reach = (rng.uniform(15.5, 16.5) / 32, 0.75 / 32) if scene.level == "two" else (rng.uniform(20, 21) / 64, 1 / 64)
     radii = [rng.uniform(*RADII[scene.level]) for _ in scene.things]
     axes = []
     for axis in zip(*cells(scene)):
         middles = [around(step * cell, reach, rng) for cell in axis]
         low, high = (edge(m + sign * r for m, r in zip(middles, radii)) for edge, sign in ((min, -1), (max, 1)))
-        shift = rng.uniform(0.03 - low, 0.97 - high)
+        first, last = 0.03 - low, 0.97 - high
+        shift = (first + last) / 2 + spread * around(0, (last - first) / 2, rng)
         axes.append([middle + shift for middle in middles])
     return [Spot(thing, x, y, radius) for thing, x, y, radius in zip(scene.things, *axes, radii)]
 
 
-def layout(scene: Scene, rng: random.Random) -> list[Spot]:
+def layout(scene: Scene, rng: random.Random, spread: float = SPREAD) -> list[Spot]:
     """Where everything of the scene stands, a little different at each call."""
     if scene.relations:
-        return related_spots(scene, rng)
+        return related_spots(scene, rng, spread)
     if scene.counts:  # cells of a grid of three by three
         middles = [((cell % 3 + 0.5) / 3, (cell // 3 + 0.5) / 3) for cell in rng.sample(range(9), len(scene.drawn()))]
         reach = 2 / 64
@@ -327,8 +332,8 @@ def draw_spots(spots: list[Spot], size: int) -> Image.Image:
     return canvas.reduce(SUPERSAMPLING)
 
 
-def draw(scene: Scene, size: int, rng: random.Random) -> Image.Image:
-    return draw_spots(layout(scene, rng), size)
+def draw(scene: Scene, size: int, rng: random.Random, spread: float = SPREAD) -> Image.Image:
+    return draw_spots(layout(scene, rng, spread), size)
 
 
 # A data set of scenes.
@@ -336,7 +341,7 @@ def draw(scene: Scene, size: int, rng: random.Random) -> Image.Image:
 
 @dataclass(frozen=True)
 class SceneSet:
-    """`wrong`: the share of pictures with the captions of another scene.  `long`: with filler before each caption."""
+    """`wrong`: the share of pictures with the captions of another scene.  `long`: with filler before each caption.  `spread`: see related_spots."""
 
     level: str = "two"
     count: int = 20_000
@@ -345,6 +350,7 @@ class SceneSet:
     language: str = "ja"
     wrong: float = 0.0
     long: bool = False
+    spread: float = SPREAD
 
     def check(self) -> None:
         """Raises: UserError for what cannot be drawn."""
@@ -354,6 +360,8 @@ class SceneSet:
             raise UserError(f"--count {self.count}; wanted at least 1")
         if not 0 <= self.wrong <= 1:
             raise UserError(f"--wrong {self.wrong}; wanted a share from 0 to 1")
+        if not 0 <= self.spread <= 1:
+            raise UserError(f"--spread {self.spread}; wanted a share from 0 to 1")
 
     def stream(self, purpose: str, index: int) -> random.Random:
         return random.Random(derive(self.seed, f"scenes {purpose}", index))
@@ -372,7 +380,7 @@ def described(options: SceneSet, index: int, scene: Scene) -> Scene:
 def write_scene(root: Path, options: SceneSet, index: int) -> None:
     rng = options.stream("picture", index)
     scene = random_scene(options.level, rng, seen=True)
-    picture = draw(scene, options.size, rng)
+    picture = draw(scene, options.size, rng, options.spread)
     told, filler = described(options, index, scene), options.stream("words", index)
     lines = captions(told, options.language)
     if options.long:
@@ -408,6 +416,7 @@ def main() -> None:
     parser.add_argument("--language", choices=("ja", "en"), default="ja")
     parser.add_argument("--long", action="store_true", help="each caption after some 120 characters (English: 470) that say nothing about the picture")
     parser.add_argument("--wrong", type=float, default=0.0, help="share of pictures with the captions of another scene")
+    parser.add_argument("--spread", type=float, default=SPREAD, help="how far from the middle related things may stand: 0 not at all, 1 anywhere")
     parser.add_argument("--corpus", type=Path, default=None, help="also (or, without --out, only) write text for demo.tiny_llm into this file")
     parser.add_argument("--words", type=Path, default=None, help="and the words that captions are made of into this one, for its tokenizer")
     args = parser.parse_args()
@@ -415,7 +424,7 @@ def main() -> None:
         if not (args.out or args.corpus or args.words):
             raise UserError("nothing to write; give --out, --corpus, --words, or several")
         if args.out:
-            write_scenes(args.out, SceneSet(args.level, args.count, args.size, args.seed, args.language, args.wrong, args.long))
+            write_scenes(args.out, SceneSet(args.level, args.count, args.size, args.seed, args.language, args.wrong, args.long, args.spread))
             print(f"{args.count} captioned pictures in {args.out}")
         if args.words:
             args.words.write_text("\n".join(words(args.language)) + "\n", encoding="utf-8")
