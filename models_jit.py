@@ -36,6 +36,16 @@ def sincos_table(width: int, grid: int) -> Tensor:
     return torch.cat([table for angle in halves for table in (angle.sin(), angle.cos())], dim=1).float()
 
 
+def text_angles(length: int, head_width: int, device: torch.device | None = None) -> Tensor:
+    """RoPE of a caption's tokens by their places: (L, D / 2), made on the device, where a copy would wait: index * 10000^(-2 j / D)."""
+    return torch.arange(length, device=device)[:, None] * 10000.0 ** (-torch.arange(0, head_width, 2, device=device) / head_width)
+
+
+def interleaved(angles: Tensor) -> Tensor:
+    """Angles of the pairs (2 j, 2 j + 1) as timm takes them: (T, D / 2) -> (T, 2 D), sines, then cosines."""
+    return torch.cat([angles.sin(), angles.cos()], dim=1).repeat_interleave(2, dim=1)
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x: (B, T, C); shift, scale: (B, C)."""
     return x * (1 + scale[:, None]) + shift[:, None]
@@ -103,7 +113,7 @@ class BottleneckPatchEmbed(nn.Module):
         self.proj2 = nn.Conv2d(bottleneck_dim, width, 1)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, C)
-        return self.proj2(self.proj1(z)).flatten(2).transpose(1, 2)
+        return self.proj2(self.proj1(z)).flatten(2).transpose(1, 2).contiguous()  # compiled blocks want one layout
 
 
 class SwiGLU(nn.Module):
@@ -178,7 +188,8 @@ class JiT(nn.Module):
     y is what the picture is conditioned on: labels (B,) int64, or, with `text_dim`, pooled text features (B, text_dim).
     It is added to the time embedding for adaLN and, repeated, forms the in-context tokens put in front of the patches
     from block `in_context_start` on. With `text_len` too, y is a Text of so many tokens a caption: they are the in-context tokens
-    themselves, and adaLN takes the time alone. Dropout acts in the middle half of the blocks only.
+    themselves, turned by RoPE as MM-JiT's are (the order of words is hardly learned without), and adaLN takes the time alone. Dropout acts in the
+    middle half of the blocks only.
     """
 
     def __init__(
@@ -215,10 +226,13 @@ class JiT(nn.Module):
         self.in_context_posemb = nn.Parameter(torch.zeros(1, in_context_len, hidden_size))
         rope = RotaryEmbeddingCat(hidden_size // num_heads, in_pixels=False, feat_shape=[grid, grid]).get_embed()
         self.register_buffer("rope", rope, persistent=False)
+        text_rope = interleaved(text_angles(text_len or 0, hidden_size // num_heads))
+        self.register_buffer("rope_with_context", torch.cat([text_rope, rope]), persistent=False)  # labels and pooled text are not turned
+        unturned = 0 if text_len else in_context_len
 
         def block(i: int) -> Block:
             drops = (attn_drop, proj_drop) if depth // 4 <= i < depth // 4 * 3 else (0.0, 0.0)
-            return Block(hidden_size, num_heads, in_context_len if i >= in_context_start else 0, *drops)
+            return Block(hidden_size, num_heads, unturned if i >= in_context_start else 0, *drops)
 
         self.blocks = nn.ModuleList(block(i) for i in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
@@ -241,11 +255,11 @@ class JiT(nn.Module):
         c, context = self.t_embedder(t), self.y_embedder(y)
         if context.ndim == 2:  # one vector a picture
             c, context = c + context, context[:, None]
-        x = self.x_embedder(z_t) + self.pos_embed
+        x, rope = self.x_embedder(z_t) + self.pos_embed, self.rope
         for i, block in enumerate(self.blocks):
             if i == self.in_context_start:
-                x = torch.cat([context + self.in_context_posemb, x], dim=1)
-            x = block(x, c, self.rope)
+                x, rope = torch.cat([context + self.in_context_posemb, x], dim=1), self.rope_with_context
+            x = block(x, c, rope)
         return unpatchify(self.final_layer(x[:, self.in_context_len :], c), self.patch_size, self.in_channels)
 
 

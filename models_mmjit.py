@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import parse_model_name
-from models_jit import BottleneckPatchEmbed, RMSNorm, TimeEmbedder, adaln, initialize_linears, modulate, sincos_table, unpatchify
+from models_jit import BottleneckPatchEmbed, RMSNorm, TimeEmbedder, adaln, initialize_linears, modulate, sincos_table, text_angles, unpatchify
 from util.text import Text
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines of the angles of RoPE, (T, D / 2) each, float32: taken once for all blocks
@@ -17,11 +17,6 @@ Turn = tuple[Tensor, Tensor]  # cosines and sines of the angles of RoPE, (T, D /
 
 def turn_of(angles: Tensor) -> Turn:
     return angles.cos(), angles.sin()
-
-
-def text_angles(length: int, head_width: int, device: torch.device | None = None) -> Tensor:
-    """(L, D / 2), made on the device, where a copy would wait: index * 10000^(-2 j / D)."""
-    return torch.arange(length, device=device)[:, None] * 10000.0 ** (-torch.arange(0, head_width, 2, device=device) / head_width)
 
 
 def picture_angles(grid: int, head_width: int) -> Tensor:

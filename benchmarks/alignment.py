@@ -8,6 +8,7 @@ is kept, and a run that was killed goes on where it stopped; several calls share
 import argparse
 import importlib.util
 import json
+import os
 import random
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from torchvision.utils import make_grid
@@ -74,32 +76,7 @@ def sweep() -> Iterator[Experiment]:
             yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", model, lr=lr, noise=noise, thousands=100, judged=300)
 
 
-def pilot() -> Iterator[Experiment]:
-    for data in ("two", "two-anywhere"):
-        for name, noise in (("tokens6", 1.0), ("mmjit", 2.0), ("tokens", 1.0)):
-            yield Experiment(f"pilot-{data}-{name}", NETWORKS[name], data=data, lr=2e-3, noise=noise, judged=300)
-    yield Experiment("pilot-two-anywhere-patch4", "JiT-Nano/4-Tokens", data="two-anywhere", lr=2e-3, judged=300)
-    yield Experiment("pilot-two-patch4", "JiT-Nano/4-Tokens", lr=2e-3, judged=300)
-    yield Experiment("pilot-two-warm", NETWORKS["tokens6"], lr=2e-3, judged=300, flags=("--warmup_epochs", "1"))
-    yield Experiment("pilot-two-drop", NETWORKS["tokens6"], lr=2e-3, judged=300, flags=("--P_mean", "-0.4"))
-
-
-def mixed() -> Iterator[Experiment]:
-    """All levels at once."""
-    for name, noise in (("tokens", 1.0), ("mmjit", 2.0)):
-        yield Experiment(f"mixed-{name}-500k", NETWORKS[name], data="mixed", lr=2e-3, noise=noise, thousands=500, batch=128, judged=200)
-
-
-def choices() -> Iterator[Experiment]:
-    """Which states of the language model tokens should be."""
-    for layer in ("mean", "last"):
-        for norm in ("standardize", "rms", "none"):
-            flags = ("--llm_layer", layer, "--text_norm", norm, "--text_cache", "memory")
-            yield Experiment(f"choices-{layer}-{norm}", NETWORKS["tokens6"], lr=2e-3, thousands=100, judged=300, flags=flags)
-
-
-GROUPS = {"pilot": tuple(pilot()), "mixed": tuple(mixed()), "sweep": tuple(sweep()), "choices": tuple(choices())}
-GROUPS["smoke"] = (Experiment("smoke", NETWORKS["tokens6"], data="two-anywhere", lr=2e-3, thousands=25, judged=50),)
+GROUPS = {"sweep": tuple(sweep())}
 
 
 # --- what an experiment needs
@@ -145,7 +122,7 @@ def make_data(root: Path, name: str) -> tuple[Path, Path]:
 def jit(*flags: str) -> None:
     """main_jit.py with alignment_variants' networks in this process, which has imported everything and decoded the pictures already."""
     import main_jit
-    from benchmarks import alignment_variants  # noqa: F401
+    from benchmarks import alignment_variants  # noqa: F401 (more networks)
 
     print("$ python -m benchmarks.alignment_variants", shlex.join(flags), flush=True)
     main_jit.run(main_jit.flags.parse(flags))
@@ -226,11 +203,30 @@ def run_all(experiments: Sequence[Experiment], root: Path, device: str, until: f
             traceback.print_exc()
 
 
-def run_lanes(jobs: int, root: Path, command: Sequence[str]) -> None:
-    """So many processes of this program, whose words go into lane-N.txt."""
-    lanes = [subprocess.Popen([sys.executable, "-m", "benchmarks.alignment", *command], stdout=(root / f"lane-{i}.txt").open("w"), stderr=subprocess.STDOUT) for i in range(jobs)]  # fmt: skip
-    for lane in lanes:
-        lane.wait()
+def lane(number: int, experiments: Sequence[Experiment], root: Path, device: str, until: float) -> None:
+    """One of the processes that share the work; its words go into lane-N.txt."""
+    import torch
+
+    torch.set_num_threads(1)
+    words = os.open(root / f"lane-{number}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(words, 1)
+    os.dup2(words, 2)
+    run_all(experiments, root, device, until)
+
+
+def run_lanes(jobs: int, experiments: Sequence[Experiment], root: Path, device: str, until: float) -> None:
+    """In so many processes, forked from this one, which has imported everything and decoded the pictures."""
+    from benchmarks import alignment_variants
+
+    for name in dict.fromkeys(one.data for one in experiments):
+        data, _ = make_data(root, name)
+        alignment_variants.decode_all(sorted(map(str, (data / "images").iterdir())), DATA[name].size)
+    fork = get_context("fork")
+    lanes = [fork.Process(target=lane, args=(i, experiments, root, device, until)) for i in range(jobs)]
+    for process in lanes:
+        process.start()
+    for process in lanes:
+        process.join()
 
 
 def shown(rate: Sequence[float]) -> str:
@@ -270,15 +266,13 @@ def main() -> None:
         ceiling()
     if unknown := set(args.groups) - set(GROUPS):
         sys.exit(f"error: no group {unknown.pop()}; there are {', '.join(GROUPS)}")
+    experiments = [one for name in args.groups for one in GROUPS[name]]
     if args.what == "table":
-        table([one for name in args.groups for one in GROUPS[name]], args.out)
+        table(experiments, args.out)
     elif args.what == "run" and args.jobs > 1:
-        for data in dict.fromkeys(one.data for name in args.groups for one in GROUPS[name]):
-            make_data(args.out, data)
-        options = ["--out", str(args.out), "--device", args.device, "--until", str(args.until)]
-        run_lanes(args.jobs, args.out, ["run", *args.groups, *options])
+        run_lanes(args.jobs, experiments, args.out, args.device, args.until)
     elif args.what == "run":
-        run_all([one for name in args.groups for one in GROUPS[name]], args.out, args.device, args.until)
+        run_all(experiments, args.out, args.device, args.until)
 
 
 if __name__ == "__main__":

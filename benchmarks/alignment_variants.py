@@ -4,9 +4,12 @@ Sizes: `Nano9` JiT with nine blocks and `Nano5` MM-JiT with five, at the paramet
 `W96` either, 96 wide. Pictures are decoded once a process, and on a GPU a network is one CUDA graph. Ways: `-TokensMasked` hides padding from the attention in place of a mask token; `-TokensPooled` adds the mean of the tokens to adaLN.
 """
 
-import os
-from functools import cache
+from collections.abc import Iterable
+from functools import partial
+from itertools import compress, product
+from multiprocessing import get_context
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +23,13 @@ from util.parallel import Parallel
 from util.text import Text, Y
 
 SIZES = {
-    "JiT": {"Nano9": (128, 9, 4, 32, 3, 8), "Zero": (128, 6, 4, 32, 0, 8), "W96": (96, 6, 3, 32, 2, 8)},
+    "JiT": {
+        "Nano9": (128, 9, 4, 32, 3, 8),
+        "Zero": (128, 6, 4, 32, 0, 8),
+        "W96": (96, 6, 3, 32, 2, 8),
+        "W96x0": (96, 6, 3, 32, 0, 8),
+        "Zero9": (128, 9, 4, 32, 0, 8),
+    },
     "MMJiT": {"Nano5": (128, 5, 4, 2.6667, 32), "W96": (96, 6, 3, 2.6667, 32), "W96x5": (96, 5, 3, 2.6667, 32)},
 }
 
@@ -35,10 +44,10 @@ def hide_padding(net: models_jit.JiT) -> models_jit.JiT:
         seen["mask"] = torch.cat([y.mask, patches], dim=1)[:, None, None]
 
     def mask(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, kwargs | ({"attn_mask": seen["mask"]} if attention.num_prefix_tokens else {})
+        return args, kwargs | {"attn_mask": seen["mask"]}
 
     net.register_forward_pre_hook(remember)
-    for block in net.blocks:
+    for block in net.blocks[net.in_context_start :]:
         block.attn.register_forward_pre_hook(mask, with_kwargs=True)
     return net
 
@@ -56,9 +65,9 @@ class PooledBeside(models_jit.TimeEmbedder):
         return super().forward(t) + self.pooled((self.y.states * mask).sum(1) / mask.sum(1).clamp_min(1))
 
 
-def add_pooled(net: models_jit.JiT, text_dim: int) -> models_jit.JiT:
+def add_pooled(net: models_jit.JiT) -> models_jit.JiT:
     before = net.t_embedder
-    net.t_embedder = PooledBeside(net.pos_embed.shape[-1], text_dim)
+    net.t_embedder = PooledBeside(net.pos_embed.shape[-1], net.y_embedder.proj.in_features)
     net.t_embedder.mlp = before.mlp
     nn.init.xavier_uniform_(net.t_embedder.pooled.weight)
     nn.init.zeros_(net.t_embedder.pooled.bias)
@@ -66,13 +75,68 @@ def add_pooled(net: models_jit.JiT, text_dim: int) -> models_jit.JiT:
     return net
 
 
+class Refined(models_jit.TokenProjector):
+    """Two blocks on the text alone, as MM-JiT has them, before it meets the picture."""
+
+    def __init__(self, before: models_jit.TokenProjector, num_heads: int):
+        width = before.proj.out_features
+        super().__init__(before.proj.in_features, width)
+        self.proj, self.mask_token, self.head_width = before.proj, before.mask_token, width // num_heads
+        self.blocks = nn.ModuleList(models_mmjit.TextBlock(width, num_heads, 2.6667) for _ in range(2))
+        models_jit.initialize_linears(self.blocks)
+
+    def forward(self, y: Text) -> Tensor:
+        text, turn = super().forward(y), models_mmjit.turn_of(models_mmjit.text_angles(y.mask.shape[1], self.head_width, y.mask.device))
+        for block in self.blocks:
+            text = block(text, turn)
+        return text
+
+
+def refine(net: models_jit.JiT) -> models_jit.JiT:
+    net.y_embedder = Refined(net.y_embedder, net.blocks[0].attn.num_heads)
+    return net
+
+
+def unturn(net: models_jit.JiT) -> models_jit.JiT:
+    """No RoPE on the caption's tokens."""
+    net.rope_with_context = net.rope
+    for block in net.blocks[net.in_context_start :]:
+        block.attn.num_prefix_tokens = net.in_context_len
+    return net
+
+
+class UngatedBlock(models_jit.Block):
+    """adaLN on the picture alone."""
+
+    context = 0
+
+    def forward(self, x: Tensor, c: Tensor, rope: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        x = x + self.on_picture(self.attn(self.on_picture(self.norm1(x), 1 + scale1, shift1), rope=rope), gate1)
+        return x + self.on_picture(self.mlp(self.on_picture(self.norm2(x), 1 + scale2, shift2)), gate2)
+
+    def on_picture(self, x: Tensor, factor: Tensor, term: Tensor | None = None) -> Tensor:
+        picture = x[:, self.context :] * factor[:, None]
+        return torch.cat([x[:, : self.context], picture if term is None else picture + term[:, None]], dim=1)
+
+
+def ungate(net: models_jit.JiT) -> models_jit.JiT:
+    for block in net.blocks[net.in_context_start :]:
+        block.__class__, block.context = UngatedBlock, net.in_context_len
+    return net
+
+
+WAYS = {"Unturned": unturn, "Ungated": ungate, "Refined": refine, "Masked": hide_padding, "Pooled": add_pooled}  # several may be joined, in this order
+
+
 def build(name: str, **kwargs) -> models_jit.JiT:
     """models_jit.build_model, which knows the ways too."""
-    way = config.parse_model_name(name).suffix.removeprefix("-Tokens")
-    net = plain(name.removesuffix(way) if way in ("Masked", "Pooled") else name, **kwargs)
-    if way == "Masked":
-        return hide_padding(net)
-    return add_pooled(net, kwargs["text_dim"]) if way == "Pooled" else net
+    joined = config.parse_model_name(name).suffix.removeprefix("-Tokens")
+    ways = [way for way in WAYS if way in joined]
+    net = plain(name.removesuffix(joined) if ways else name, **kwargs)
+    for way in ways:
+        WAYS[way](net)
+    return net
 
 
 class Plain(nn.Module):
@@ -88,29 +152,49 @@ class Plain(nn.Module):
 
 def call(parallel: Parallel, z_t: Tensor, t: Tensor, y: Y) -> Tensor:
     """Parallel.__call__; on a GPU by a graph, since small networks spend nearly all of a step on starting kernels.  Batches are all of one size."""
-    if parallel.device.type != "cuda" or os.environ.get("EAGER"):
+    if parallel.device.type != "cuda":
         return parallel.call(z_t, t, y)
     tensors = (z_t, t, *((y.states, y.mask) if isinstance(y, Text) else (y,)))
     if parallel not in graphs:
         assert not parallel.bf16
         graphs.clear()
-        graphs[parallel] = torch.cuda.make_graphed_callables(Plain(parallel.net), tuple(tensor.clone() for tensor in tensors))
+        graphs[parallel] = recorded(parallel.net, tensors)
     return graphs[parallel](*tensors)
+
+
+def recorded(net: nn.Module, tensors: tuple[Tensor, ...]) -> nn.Module:
+    """The network's forward and backward as CUDA graphs, its matrix products in TF32."""
+    torch.set_float32_matmul_precision("high")
+    return torch.cuda.make_graphed_callables(Plain(net), tuple(tensor.clone() for tensor in tensors))
 
 
 graphs: dict[Parallel, nn.Module] = {}
 Parallel.__call__ = call
 
 
-@cache
-def decoded(path: str, size: int) -> Tensor:
-    return to_uint8(center_crop(open_rgb(path), size))
+def decode(path: str, size: int) -> np.ndarray:
+    return to_uint8(center_crop(open_rgb(path), size)).numpy()
 
 
-stream.PictureDataset.picture = lambda dataset, index: decoded(dataset.paths[index], dataset.img_size)
+def decode_all(paths: Iterable[str], size: int) -> None:
+    """Once, on all cores, for this process and those that are forked from it."""
+    paths = list(paths)
+    with get_context("fork").Pool() as pool:
+        pictures.update(zip(paths, pool.map(partial(decode, size=size), paths, chunksize=256)))
+
+
+def picture(dataset: stream.PictureDataset, index: int) -> Tensor:
+    path = dataset.paths[index]
+    if path not in pictures:
+        pictures[path] = decode(path, dataset.img_size)
+    return torch.from_numpy(pictures[path])
+
+
+pictures: dict[str, np.ndarray] = {}
+stream.PictureDataset.picture = picture
 plain, models_jit.build_model = models_jit.build_model, build
-for way in ("Masked", "Pooled"):
-    config.CONDITIONS["JiT", f"-Tokens{way}"] = "tokens"
+for chosen in product((False, True), repeat=len(WAYS)):
+    config.CONDITIONS["JiT", f"-Tokens{''.join(compress(WAYS, chosen))}"] = "tokens"
 for family, module in (("JiT", models_jit), ("MMJiT", models_mmjit)):
     module.SIZES.update(SIZES[family])
     config.SIZES[family] += tuple(SIZES[family])
