@@ -188,8 +188,8 @@ class JiT(nn.Module):
     y is what the picture is conditioned on: labels (B,) int64, or, with `text_dim`, pooled text features (B, text_dim).
     It is added to the time embedding for adaLN and, repeated, forms the in-context tokens put in front of the patches
     from block `in_context_start` on. With `text_len` too, y is a Text of so many tokens a caption: they are the in-context tokens
-    themselves, turned by RoPE as MM-JiT's are (the order of words is hardly learned without), and adaLN takes the time alone. Dropout acts in the
-    middle half of the blocks only.
+    themselves, turned by RoPE as MM-JiT's are (which word goes with which is hardly learned without; benchmarks/README.md), and adaLN takes the
+    time alone. Dropout acts in the middle half of the blocks only.
     """
 
     def __init__(

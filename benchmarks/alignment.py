@@ -2,7 +2,7 @@
 
 `python -m benchmarks.alignment run GROUP ...` trains, draws and judges the experiments of the groups one after another, below --out (runs/alignment). What is there already
 is kept, and a run that was killed goes on where it stopped; several calls share the work, and `--jobs 12` makes so many of them (small networks leave a GPU idle).
-`table GROUP` prints what is there.
+`table GROUP` prints what is there, `sheet NAME ...` shows what experiments drew.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+from PIL import Image
 from torchvision.utils import make_grid
 
 from datasets.scenes import Scene, SceneSet, captions, corpus, long_caption, random_scene, words, write_scenes
@@ -28,7 +29,9 @@ from datasets.transforms import to_image
 from demo.scene_judge import find_things, judge, rates, verdict
 from util.errors import UserError
 from util.files import Lock
+from util.sheet import save_sheet
 
+SHOWN = 64  # pictures of each kind that are kept
 EPOCH = 25_000  # pictures: the data holds 64 more, which are held out
 ASPECTS = ("shape", "colour", "binding", "relation", "everything")
 DATA = {
@@ -66,17 +69,91 @@ NETWORKS = {  # at 2.8M parameters within 5 %, by depth; tokens6 is JiT-Nano at 
     "mmjit": "MMJiT-Nano/8",
     "adaln": "MMJiT-Nano5/8-AdaLN",
 }
-RATES, NOISES = (1e-3, 2e-3, 4e-3), (1.0, 2.0)
+NARROW = {"tokens": "JiT-W96/8-Tokens", "mmjit": "MMJiT-W96/8", "adaln": "MMJiT-W96x5/8-AdaLN"}  # 96 wide
+RATE = 2e-3
+NOISE = {"pooled": 1.0, "tokens": 2.0, "tokens6": 2.0, "mmjit": 2.0, "adaln": 1.0}
+
+
+def usual(name: str, network: str, **more) -> Experiment:
+    return Experiment(name, **{"model": NETWORKS[network], "lr": RATE, "noise": NOISE[network], "judged": 1000, **more})
+
+
+def two() -> Iterator[Experiment]:
+    """The comparison: three seeds of each."""
+    for seed in range(3):
+        for network in NETWORKS:
+            yield usual(f"two-{network}-seed{seed}", network, seed=seed)
+
+
+def ways() -> Iterator[Experiment]:
+    """How JiT should read tokens: turned by RoPE or not, from which block on, with adaLN on the picture alone, with two blocks of the text's own; how it is trained."""
+    turned = [("Nano", "", RATE, 1.0), ("Nano", "", RATE, 2.0), ("Nano", "", 4e-3, 1.0), ("Zero", "", RATE, 1.0)]
+    others = [("Nano", "Unturned", 1e-3, 1.0), ("Nano", "Refined", RATE, 1.0), ("Nano", "UngatedRefined", RATE, 1.0)]
+    ungated = [("Nano", "Ungated", RATE, 1.0), ("Nano", "Ungated", RATE, 2.0), ("Zero", "Ungated", RATE, 1.0)]
+    for size, way, lr, noise in [*turned, *others, *ungated]:
+        name = f"ways-{size}-{way or 'Turned'}-lr{lr:g}-noise{noise:g}"
+        yield Experiment(name, f"JiT-{size}/8-Tokens{way}", lr=lr, noise=noise, thousands=125, judged=300)
 
 
 def sweep() -> Iterator[Experiment]:
     """Learning rate and noise scale of each network, at half of the pictures: after 25,000 the judge cannot tell them apart."""
-    for lr, noise in [*((lr, noise) for lr in (2e-3, 1e-3, 4e-3) for noise in NOISES), (2e-3, 1.5)]:
+    for lr, noise in [*((lr, noise) for lr in (2e-3, 1e-3, 4e-3) for noise in (1.0, 2.0)), (2e-3, 1.5)]:
         for name, model in NETWORKS.items():
             yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", model, lr=lr, noise=noise, thousands=100, judged=300)
 
 
-GROUPS = {"sweep": tuple(sweep())}
+def others() -> Iterator[Experiment]:
+    """Padding that nothing sees; the pooled vector kept in adaLN; a second size."""
+    for way in ("Masked", "Pooled"):
+        yield usual(f"two-tokens-{way}", "tokens", model=f"{NETWORKS['tokens']}{way}")
+    for network, model in NARROW.items():
+        yield usual(f"narrow-{network}", network, model=model)
+
+
+def mixed() -> Iterator[Experiment]:
+    """All levels at once."""
+    for network in ("mmjit", "tokens"):
+        yield usual(f"mixed-{network}", network, data="mixed", batch=128, thousands=1000)
+
+
+def choices() -> Iterator[Experiment]:
+    """Which states of the language model tokens should be."""
+    for layer in ("mean", "last"):
+        for norm in ("standardize", "rms", "none"):
+            flags = ("--llm_layer", layer, "--text_norm", norm, "--text_cache", "memory")
+            yield usual(f"choices-{layer}-{norm}", "tokens6", thousands=100, judged=300, flags=flags)
+
+
+def curve() -> Iterator[Experiment]:
+    """Whole runs of fewer pictures."""
+    for thousands in (25, 50, 75, 100, 150):
+        for network in ("mmjit", "tokens6", "pooled"):
+            yield usual(f"curve-{network}-{thousands}k", network, thousands=thousands, judged=300)
+
+
+def english() -> Iterator[Experiment]:
+    """Read by MiniLM."""
+    for network in ("tokens6", "mmjit"):
+        yield usual(f"english-{network}", network, data="two-en", thousands=125 if network == "tokens6" else 200)
+
+
+def long() -> Iterator[Experiment]:
+    """The clause that decides comes after token 100: read whole, and cut at 77."""
+    for length in (160, 77):
+        yield usual(
+            f"long-{length}", "mmjit", data="two-long", thousands=50, begins="two-mmjit-seed0", flags=("--max_text_len", str(length), "--text_cache", "off")
+        )
+
+
+def stages() -> Iterator[Experiment]:
+    """Thirty in a hundred captions wrong, then a few that are right at a tenth of the rate; and either alone, as many steps."""
+    yield usual("stages-wrong", "mmjit", data="two-wrong")
+    yield usual("stages-clean", "mmjit", data="two-clean")
+    yield usual("stages-first", "mmjit", data="two-wrong", thousands=150, flags=("--lr_schedule", "constant"))
+    yield usual("stages-second", "mmjit", data="two-clean", thousands=50, begins="stages-first", lr=RATE / 10)
+
+
+GROUPS = {group.__name__: tuple(group()) for group in (two, ways, sweep, others, mixed, choices, curve, english, long, stages)}
 
 
 # --- what an experiment needs
@@ -152,11 +229,26 @@ def measure(one: Experiment, root: Path, device: str) -> dict:
         for kind in ("seen", "unseen"):
             scenes, lines = prompts_of(level, kind == "seen", one.judged, options)
             pictures = painter(lines)
-            to_image(make_grid(pictures[:64], nrow=16, pad_value=160)).save(root / "results" / f"{one.name}-{level}-{kind}.png")
+            to_image(make_grid(pictures[:SHOWN], nrow=SHOWN, padding=0)).save(picture_of(one.name, level, kind, root))
             things = [find_things(to_image(picture), level) for picture in pictures]
             found.setdefault(level, {})[kind] = rates([verdict(seen, scene) for seen, scene in zip(things, scenes)])
             found[level][f"{kind}, shuffled"] = rates([verdict(seen, scene) for seen, scene in zip(things, scenes[1:] + scenes[:1])])
     return found
+
+
+def picture_of(name: str, level: str, kind: str, root: Path) -> Path:
+    """The first SHOWN pictures of an experiment, side by side."""
+    return root / "results" / f"{name}-{level}-{kind}.png"
+
+
+def sheet(names: Sequence[str], root: Path) -> None:
+    """The first eight unseen scenes of two things, a row of each experiment, into sheet.png."""
+    strips = [Image.open(picture_of(name, "two", "unseen", root)) for name in names]
+    _, lines = prompts_of("two", False, 8, DATA["two"])
+    size = strips[0].height
+    pictures = [strip.crop((i * size, 0, (i + 1) * size, size)) for strip in strips for i in range(8)]
+    save_sheet(root / "sheet.png", pictures, lines * len(names))
+    print(f"{root / 'sheet.png'}, from the top: {', '.join(names)}")
 
 
 def ceiling() -> None:
@@ -255,15 +347,15 @@ def table(group: Sequence[Experiment], root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table", "ceiling"))
-    parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("what", choices=("run", "table", "sheet", "ceiling"))
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; for a sheet the names of experiments")
     parser.add_argument("--out", type=Path, default=Path("runs/alignment"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
     parser.add_argument("--until", type=float, default=float("inf"), help="begin nothing after that time, in seconds since 1970")
     args = parser.parse_args()
-    if args.what == "ceiling":
-        ceiling()
+    if args.what in ("ceiling", "sheet"):
+        return ceiling() if args.what == "ceiling" else sheet(args.groups, args.out)
     if unknown := set(args.groups) - set(GROUPS):
         sys.exit(f"error: no group {unknown.pop()}; there are {', '.join(GROUPS)}")
     experiments = [one for name in args.groups for one in GROUPS[name]]

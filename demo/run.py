@@ -148,9 +148,9 @@ def scenes(out: Path, llm: str | None, epochs: int) -> None:
         step("a small language model, trained on sentences; its tokens are words, none of them new in a thing never seen")
         llm = str(out / "llm")
         call("-m", "demo.tiny_llm", "--text", str(text), "--words", str(words), "--out", llm, "--steps", "150")
-    training = ["--model", "JiT-Nano/8-Tokens", "--img_size", str(size), "--llm_model_name", llm, "--max_text_len", "32", "--device", "cpu"]
-    training += ["--data_path", str(data), "--output_dir", str(run), "--resume", str(run), "--batch_size", str(64 // PROCESSES), "--lr", "1e-3"]
-    training += ["--warmup_epochs", "0.25", "--save_last_freq", "1", "--cfg", "2.5", "--num_sampling_steps", "20", "--num_workers", "0"]
+    training = ["--model", "JiT-Nano/8-Tokens", "--img_size", str(size), "--noise_scale", "2", "--llm_model_name", llm, "--max_text_len", "16"]
+    training += ["--data_path", str(data), "--output_dir", str(run), "--resume", str(run), "--batch_size", str(64 // PROCESSES), "--lr", "2e-3"]
+    training += ["--warmup_epochs", "0.25", "--save_last_freq", "1", "--cfg", "2.5", "--num_sampling_steps", "20", "--num_workers", "0", "--device", "cpu"]
     train_in_two(training, epochs)
     print(text_gap(run))
 
@@ -212,7 +212,7 @@ def main() -> None:
     if args.what == "digits":
         digits(out, args.llm, args.epochs or 7)
     elif args.what == "scenes":
-        scenes(out, args.llm, args.epochs or 8)
+        scenes(out, args.llm, args.epochs or 5)
     else:
         emoji(out, args.llm, args.epochs)
 

@@ -8,7 +8,7 @@
 # With fewer GPUs add --accum_iter so that the product stays 1024: GPUS=4 bash recipes/b32_512_text.sh --accum_iter 2
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
-# Cost, computed, not measured; nothing of this has been measured on a GPU yet:
+# Cost, computed, not measured:
 #   forward         52 GFLOP a picture (the paper's 26 "Gflops" count a multiply-add as one operation)
 #   training        three times as much: 156 GFLOP a picture
 #   per million pictures of data   0.16 EFLOP an epoch, 94 EFLOP for 600 epochs

@@ -15,7 +15,8 @@
 # With fewer GPUs add --accum_iter so that the product stays 1024: GPUS=4 bash recipes/jit_tokens_from_classes.sh --accum_iter 2
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
-# Cost, computed, not measured; nothing of this has been measured on a GPU yet:
+# Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-26, eager):
+#   measured        648 pictures/s on one H100 at batch 128, 28.6 GB at the peak: 11 hours on eight if they scale
 #   forward         57 GFLOP a picture: 256 patches, and 77 tokens from block 4 on
 #   training        three times as much: 170 GFLOP a picture
 #   per million pictures of data   0.17 EFLOP an epoch, 34 EFLOP for 200 epochs

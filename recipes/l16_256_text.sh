@@ -7,7 +7,7 @@
 # With fewer GPUs add --accum_iter so that the product stays 1024: GPUS=4 bash recipes/l16_256_text.sh --accum_iter 2
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
-# Cost, computed, not measured; nothing of this has been measured on a GPU yet:
+# Cost, computed, not measured:
 #   forward         176 GFLOP a picture (the paper's 88 "Gflops" count a multiply-add as one operation)
 #   training        three times as much: 528 GFLOP a picture
 #   per million pictures of data   0.53 EFLOP an epoch, 317 EFLOP for 600 epochs

@@ -11,7 +11,8 @@
 # --text_cache disk. Captions are dropped at .1 and read up to 256 tokens by default. MiniT2I draws with cfg 2.5 to look at, with 5 to 6 for GenEval.
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
-# Cost, computed, not measured; nothing of this has been measured on a GPU yet:
+# Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-26, eager):
+#   measured        119 pictures/s on one H100 at batch 32, 37.7 GB at the peak, without the encoder: 75 hours on eight if they scale
 #   forward         400 GFLOP a picture: 1024 patches and 256 text tokens
 #   training        three times as much: 1.20 TFLOP a picture, and 0.07 TFLOP for a caption of 150 tokens in the encoder
 #   250,000 steps   326 EFLOP

@@ -10,7 +10,8 @@
 # With fewer GPUs add --accum_iter so that the product stays 1024: GPUS=4 bash recipes/surviving.sh --accum_iter 2
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
-# Cost, computed, not measured; nothing of this has been measured on a GPU yet:
+# Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-26, eager):
+#   measured        712 pictures/s on one H100 at batch 128, 26.2 GB at the peak: 29 hours on eight if they scale
 #   forward         50 GFLOP a picture (the paper's 25 "Gflops" count a multiply-add as one operation)
 #   training        three times as much: 150 GFLOP a picture
 #   per million pictures of data   0.15 EFLOP an epoch, 90 EFLOP for 600 epochs

@@ -20,7 +20,8 @@
 # stages take. Stage 2 begins where stage 1 has ended; a script that was killed goes on in the stage that it was in.
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
-# Cost, computed, not measured; nothing of this has been measured on a GPU yet:
+# Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-26, eager):
+#   measured        295 pictures/s on one H100, without the encoder: 30 hours on eight for stage 1 and 5 for stage 2, if they scale
 #   training        0.43 TFLOP a picture, and 0.07 TFLOP for a caption of 150 tokens in the encoder
 #   stage 1         128 EFLOP, 11 hours on eight H100 or H200;  stage 2   21 EFLOP, 1.8 hours. Assumed: 40 % of 989 TFLOP/s
 #                   (bf16, dense) on each. MiniT2I's authors report three days on eight H100: plan for more

@@ -139,9 +139,13 @@ def rotate_pairs(x, grid):
     d = x.shape[-1]
     row, column = (index.flatten() for index in torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"))
     frequency = 10000.0 ** (-2 * torch.arange(d // 4) / (d // 2))
-    angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)
-    turned = torch.view_as_complex(x.reshape(*x.shape[:-1], d // 2, 2)) * torch.polar(torch.ones_like(angle), angle)
-    return torch.view_as_real(turned).flatten(-2)
+    return turned(x, torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1))
+
+
+def turned(x, angle):
+    """Pairs (2 j, 2 j + 1) as complex numbers, by those angles."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
 
 
 def rms(x, weight):
@@ -177,7 +181,9 @@ def reference_forward(state, z, t, y, depth, heads, start, lc, patch):
         q, k, v = qkv.view(batch, -1, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
         q, k = rms(q, state[f"{b}.attn.q_norm.weight"]), rms(k, state[f"{b}.attn.k_norm.weight"])
         context = x.shape[1] - grid * grid
-        q, k = (torch.cat([part[:, :, :context], rotate_pairs(part[:, :, context:], grid)], 2) for part in (q, k))
+        places = torch.arange(context)[:, None] if isinstance(y, Text) else torch.zeros(context, 1)  # labels and pooled text are not turned
+        angles = places * 10000.0 ** (-2 * torch.arange(width // heads // 2) / (width // heads))
+        q, k = (torch.cat([turned(part[:, :, :context], angles), rotate_pairs(part[:, :, context:], grid)], 2) for part in (q, k))
         attention = (q @ k.transpose(-1, -2) / math.sqrt(width // heads)).softmax(-1) @ v
         x = x + gate1[:, None] * linear(attention.transpose(1, 2).reshape(batch, -1, width), f"{b}.attn.proj")
         gate, value = linear(modulated(rms(x, state[f"{b}.norm2.weight"]), shift2, scale2), f"{b}.mlp.w12").chunk(2, -1)
@@ -255,6 +261,18 @@ def test_context_tokens_are_not_rotated():
     torch.testing.assert_close(turned, block(x, c, rope))  # the order of context tokens is nothing to a block
     swapped = block(x[:, [0, 1, 2, 3, 5, 4, *range(6, 20)]], c, rope)[:, [0, 1, 2, 3, 5, 4, *range(6, 20)]]
     assert (swapped - block(x, c, rope)).abs().max() > 1e-4  # that of patches is
+
+
+def test_a_captions_tokens_are_rotated_by_their_places():
+    net = wake(nano("-Tokens")).eval()
+    with torch.no_grad():
+        net.in_context_posemb.zero_()  # so that RoPE alone tells places apart
+    y, z, t = conditions("-Tokens"), torch.randn(3, 3, 16, 16), torch.rand(3)
+    y = Text(y.states, torch.ones_like(y.mask))
+    order = [1, 0, *range(2, 7)]
+    assert (net(z, t, Text(y.states[:, order], y.mask)) - net(z, t, y)).abs().max() > 1e-3
+    net.rope_with_context[:7] = net.rope_with_context[:1]
+    torch.testing.assert_close(net(z, t, Text(y.states[:, order], y.mask)), net(z, t, y), rtol=1e-4, atol=1e-5)
 
 
 def test_the_names_that_flags_know_are_those_of_the_code():

@@ -332,6 +332,16 @@ def run_main(module, monkeypatch, *argv: str) -> None:
     module.main()
 
 
+def test_related_things_stand_as_far_from_the_middle_as_they_may():
+    def middles(spread):
+        spots = [layout(TWO, random.Random(i), spread) for i in range(200)]  # side by side: up and down there is room
+        return [abs((a.y + b.y) / 2 - 0.5) for a, b in spots]
+
+    assert max(middles(0)) < 1.6 / 32 < max(middles(0.15)) < 3.5 / 32 and max(middles(1)) > 8 / 32
+    with pytest.raises(UserError, match=re.escape("--spread 1.5; wanted a share from 0 to 1")):
+        SceneSet(spread=1.5).check()
+
+
 def test_the_command_lines(tmp_path, monkeypatch, capsys):
     text, out = tmp_path / "corpus.txt", tmp_path / "data"
     run_main(scenes, monkeypatch, "--out", str(out), "--level", "count", "--count", "3", "--size", "64", "--long", "--corpus", str(text))
