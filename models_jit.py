@@ -113,7 +113,7 @@ class BottleneckPatchEmbed(nn.Module):
         self.proj2 = nn.Conv2d(bottleneck_dim, width, 1)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, C)
-        return self.proj2(self.proj1(z)).flatten(2).transpose(1, 2).contiguous()  # compiled blocks want one layout
+        return self.proj2(self.proj1(z)).flatten(2).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):

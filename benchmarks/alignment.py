@@ -2,7 +2,7 @@
 
 `python -m benchmarks.alignment run GROUP ...` trains, draws and judges the experiments of the groups one after another, below --out (runs/alignment). What is there already
 is kept, and a run that was killed goes on where it stopped; several calls share the work, and `--jobs 12` makes so many of them (small networks leave a GPU idle).
-`table GROUP` prints what is there, `sheet NAME ...` shows what experiments drew.
+`table GROUP` prints what is there, `sheet NAME ...` shows what experiments drew, `plot` is the learning curve.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -27,6 +28,7 @@ from datasets.scenes import Scene, SceneSet, captions, corpus, long_caption, ran
 from datasets.scenes import draw as draw_scene
 from datasets.transforms import to_image
 from demo.scene_judge import find_things, judge, rates, verdict
+from util import checkpoint
 from util.errors import UserError
 from util.files import Lock
 from util.sheet import save_sheet
@@ -36,7 +38,6 @@ EPOCH = 25_000  # pictures: the data holds 64 more, which are held out
 ASPECTS = ("shape", "colour", "binding", "relation", "everything")
 DATA = {
     "two": SceneSet("two", EPOCH + 64, 32),
-    "two-anywhere": SceneSet("two", EPOCH + 64, 32, spread=1.0),
     "two-en": SceneSet("two", EPOCH + 64, 32, language="en"),
     "two-long": SceneSet("two", EPOCH + 64, 32, long=True),
     "two-wrong": SceneSet("two", EPOCH + 64, 32, wrong=0.3),
@@ -217,6 +218,8 @@ def train(one: Experiment, root: Path, device: str) -> float:
     flags += ["--lr", str(one.lr), "--lr_schedule", "cosine", "--warmup_epochs", f"{0.25 * EPOCH / epoch:.2f}", "--cfg", "2.5", "--num_sampling_steps", "20"]
     started = time.perf_counter()
     jit(*flags, "--device", device, "--precision", "fp32", "--num_workers", "0", "--log_freq", "100", "--gen_bsz", "1024", *one.flags)
+    if checkpoint.load(run / checkpoint.LAST)["epoch"] + 1 < epochs:
+        sys.exit(f"error: {run} was stopped before its last epoch; the same command goes on")
     return time.perf_counter() - started
 
 
@@ -249,6 +252,27 @@ def sheet(names: Sequence[str], root: Path) -> None:
     pictures = [strip.crop((i * size, 0, (i + 1) * size, size)) for strip in strips for i in range(8)]
     save_sheet(root / "sheet.png", pictures, lines * len(names))
     print(f"{root / 'sheet.png'}, from the top: {', '.join(names)}")
+
+
+def plot(root: Path) -> None:
+    """Share of unseen scenes that are right against pictures seen in training, with its interval, into curve.png; each point is a run of its own."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for network in ("mmjit", "tokens6", "pooled"):
+        runs = [
+            *(one for one in GROUPS["curve"] if one.name.startswith(f"curve-{network}-")),
+            *(one for one in GROUPS["two"] if one.name == f"two-{network}-seed0"),
+        ]
+        paths = {one.thousands: root / "results" / f"{one.name}.json" for one in runs}
+        shares = {seen: json.loads(path.read_text())["rates"]["two"]["unseen"]["everything"] for seen, path in sorted(paths.items()) if path.exists()}
+        if shares:
+            middle, low, high = (100 * np.array(list(shares.values()))).T
+            axes.errorbar(list(shares), middle, (middle - low, high - middle), marker="o", capsize=3, label=NETWORKS[network])
+    axes.set(xlabel="thousand pictures seen in training", ylabel="% of unseen scenes right", ylim=(0, 101))
+    axes.legend()
+    figure.savefig(root / "curve.png", dpi=110)
+    print(root / "curve.png")
 
 
 def ceiling() -> None:
@@ -347,15 +371,20 @@ def table(group: Sequence[Experiment], root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table", "sheet", "ceiling"))
+    parser.add_argument("what", choices=("run", "table", "sheet", "plot", "ceiling"))
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; for a sheet the names of experiments")
     parser.add_argument("--out", type=Path, default=Path("runs/alignment"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
     parser.add_argument("--until", type=float, default=float("inf"), help="begin nothing after that time, in seconds since 1970")
     args = parser.parse_args()
-    if args.what in ("ceiling", "sheet"):
-        return ceiling() if args.what == "ceiling" else sheet(args.groups, args.out)
+    match args.what:
+        case "ceiling":
+            return ceiling()
+        case "sheet":
+            return sheet(args.groups, args.out)
+        case "plot":
+            return plot(args.out)
     if unknown := set(args.groups) - set(GROUPS):
         sys.exit(f"error: no group {unknown.pop()}; there are {', '.join(GROUPS)}")
     experiments = [one for name in args.groups for one in GROUPS[name]]
