@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import engine_jit as engine
 import models_jit
 import models_mmjit
-from config import DiffusionConfig, Train, parse_model_name
+from config import DiffusionConfig, Model, Train, parse_model_name
 from datasets.stream import Batch
 from resume import TrainState
 from util.ema import Ema
+from util.errors import UserError, told_in_one_line
 from util.parallel import in_precision
 from util.skips import Skips
 from util.text import Text
@@ -112,9 +113,16 @@ def kernels(step: Step, device: torch.device) -> tuple[Counter, int]:
     return milliseconds, calls
 
 
-def measure(setting: str, rounds: int, device: torch.device, bf16: bool, ceiling: float) -> None:
-    name, size, batch = setting.split(":")
-    step = Step(name, int(size), int(batch), device, bf16)
+def parse(setting: str) -> tuple[str, int, int]:
+    """Raises: UserError for what is no network, picture or batch."""
+    match = re.fullmatch(r"(.+):([1-9]\d*):([1-9]\d*)", setting)
+    if not match:
+        raise UserError(f"{setting!r}: wanted MODEL:PIXELS:BATCH, such as JiT-B/16:256:128")
+    return Model(match[1], int(match[2])).name, int(match[2]), int(match[3])
+
+
+def measure(name: str, size: int, batch: int, rounds: int, device: torch.device, bf16: bool, ceiling: float) -> None:
+    step = Step(name, size, batch, device, bf16)
     with FlopCounterMode(display=False) as counter:
         step()
     seconds_of(step, 3, device)
@@ -124,8 +132,8 @@ def measure(setting: str, rounds: int, device: torch.device, bf16: bool, ceiling
     middle, rate = float(np.median(seconds)), counter.get_total_flops() / float(np.median(seconds))
     memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if device.type == "cuda" else ""
     milliseconds, calls = kernels(step, device)
-    cells = [f"{1e3 * middle:.1f} ({1e3 * min(seconds):.1f}-{1e3 * max(seconds):.1f})", f"{int(batch) / middle:.0f}"]
-    cells += [f"{counter.get_total_flops() / int(batch) / 1e9:.0f}", f"{rate / 1e12:.3g}", f"{rate / ceiling:.1%}", memory, str(calls)]
+    cells = [f"{1e3 * middle:.1f} ({1e3 * min(seconds):.1f}-{1e3 * max(seconds):.1f})", f"{batch / middle:.0f}"]
+    cells += [f"{counter.get_total_flops() / batch / 1e9:.4g}", f"{rate / 1e12:.3g}", f"{rate / ceiling:.1%}", memory, str(calls)]
     print(f"| `{name}` | {size} | {batch} | {' | '.join(cells)} |", flush=True)
     attention = [(key, value) for key, value in milliseconds.items() if re.search("flash|fmha|attention|cudnn.*sdpa", key, re.IGNORECASE)]
     for key, value in [*milliseconds.most_common(6), *attention]:
@@ -139,6 +147,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
+    with told_in_one_line():
+        settings = [parse(setting) for setting in args.settings]
     device, bf16 = torch.device(args.device), args.precision == "bf16"
     ceiling = matrix_rate(device, torch.bfloat16 if bf16 else torch.float32)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
@@ -146,11 +156,11 @@ def main() -> None:
     print(
         "| model | pixels | batch | ms a step | pictures/s | GFLOP a picture | TFLOP/s | of the product's | peak memory | kernels |\n|---|---|---|---|---|---|---|---|---|---|"
     )
-    for setting in args.settings:
+    for setting in settings:
         try:
-            measure(setting, args.rounds, device, bf16, ceiling)
+            measure(*setting, args.rounds, device, bf16, ceiling)
         except torch.OutOfMemoryError:
-            print(f"| {setting} | out of memory |", flush=True)
+            print(f"| {' | '.join(map(str, setting))} | out of memory |", flush=True)
         torch.cuda.empty_cache()
 
 
