@@ -137,7 +137,7 @@ class Transfer:
         spread = spread_of(source[PROJ]) if PROJ in source else (source[TABLE][:-1].float().var(0, correction=0).mean()).sqrt()
         if before == "pooled" and self.same_text:
             self.copy(PROJ)
-        else:
+        elif now == "pooled" or before == "tokens":  # else it stays new: tokens are read by attention, and as quiet as classes were they are found late
             self.make(PROJ, scaled(target[PROJ], spread), f"new, with the spread of the {before}")
         if now == "pooled":
             self.make(BIAS, resting - (self.values[PROJ] @ self.null.flatten().to(resting.device) if before == "labels" else 0), f"of the {before} at rest")
