@@ -390,9 +390,14 @@ def main() -> None:
     experiments = [one for name in args.groups for one in GROUPS[name]]
     if args.what == "table":
         table(experiments, args.out)
-    elif args.what == "run" and args.jobs > 1:
+        return
+    names = {one.name for one in experiments}
+    for one in experiments:
+        if one.begins and one.begins not in names and not (args.out / "results" / f"{one.begins}.json").exists():
+            sys.exit(f"error: {one.name} begins with the weights of {one.begins}, which is not there; run its group too")
+    if args.jobs > 1:
         run_lanes(args.jobs, experiments, args.out, args.device, args.until)
-    elif args.what == "run":
+    else:
         run_all(experiments, args.out, args.device, args.until)
 
 

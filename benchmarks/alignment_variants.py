@@ -1,7 +1,8 @@
 """main_jit.py with the networks besides that benchmarks/alignment.py compares: other sizes, and tokens read in other ways.  `python -m benchmarks.alignment_variants FLAGS`.
 
 Sizes: `Nano9` JiT with nine blocks and `Nano5` MM-JiT with five, at the parameters of MMJiT-Nano; `Zero` JiT-Nano whose tokens enter at block 0;
-`W96` either, 96 wide. Pictures are decoded once a process, and on a GPU a network is one CUDA graph. Ways: `-TokensMasked` hides padding from the attention in place of a mask token; `-TokensPooled` adds the mean of the tokens to adaLN.
+`W96` either, 96 wide. Pictures are decoded once a process, and on a GPU a network is one CUDA graph. Ways: `-TokensUnturned` has no RoPE on the tokens;
+`-TokensUngated` adaLN on the picture alone; `-TokensRefined` two blocks of the text's own before; `-TokensMasked` hides padding from the attention in place of a mask token; `-TokensPooled` adds the mean of the tokens to adaLN.
 """
 
 from collections.abc import Iterable
@@ -18,7 +19,6 @@ import main_jit
 import models_jit
 import models_mmjit
 from datasets import stream
-from datasets.transforms import center_crop, open_rgb, to_uint8
 from util.parallel import Parallel
 from util.text import Text, Y
 
@@ -27,8 +27,6 @@ SIZES = {
         "Nano9": (128, 9, 4, 32, 3, 8),
         "Zero": (128, 6, 4, 32, 0, 8),
         "W96": (96, 6, 3, 32, 2, 8),
-        "W96x0": (96, 6, 3, 32, 0, 8),
-        "Zero9": (128, 9, 4, 32, 0, 8),
     },
     "MMJiT": {"Nano5": (128, 5, 4, 2.6667, 32), "W96": (96, 6, 3, 2.6667, 32), "W96x5": (96, 5, 3, 2.6667, 32)},
 }
@@ -173,7 +171,7 @@ Parallel.__call__ = call
 
 
 def decode(path: str, size: int) -> np.ndarray:
-    return to_uint8(center_crop(open_rgb(path), size)).numpy()
+    return plain_picture(stream.PictureDataset([path], size, hflip=False), 0).numpy()
 
 
 def decode_all(paths: Iterable[str], size: int) -> None:
@@ -191,7 +189,7 @@ def picture(dataset: stream.PictureDataset, index: int) -> Tensor:
 
 
 pictures: dict[str, np.ndarray] = {}
-stream.PictureDataset.picture = picture
+plain_picture, stream.PictureDataset.picture = stream.PictureDataset.picture, picture
 plain, models_jit.build_model = models_jit.build_model, build
 for chosen in product((False, True), repeat=len(WAYS)):
     config.CONDITIONS["JiT", f"-Tokens{''.join(compress(WAYS, chosen))}"] = "tokens"

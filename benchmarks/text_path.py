@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaModel, ModernBertConfig, ModernBertMo
 import engine_jit as engine
 import models_mmjit
 import text_features
+from benchmarks.train_step import synchronize
 from conditioning import Conditioning, LabelConditions
 from config import Data, DiffusionConfig, SamplerConfig, TextConfig, TextSource, Train
 from datasets.imagenet import ClassFolder
@@ -99,11 +100,6 @@ def make_data(root: Path, count: int, size: int) -> None:
         picture.save(root / "images" / f"{i:05d}.jpg", quality=90)
         shutil.copyfile(root / "images" / f"{i:05d}.jpg", root / "train" / "ab"[i % 2] / f"{i:05d}.jpg")
         (root / "captions" / f"{i:05d}.txt").write_text(caption(i), encoding="utf-8")
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def medians(actions: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, np.ndarray]:
