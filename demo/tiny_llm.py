@@ -94,7 +94,7 @@ def train_llama(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts
     losses = []
     for step in (bar := tqdm(range(steps), desc="language model", mininterval=2)):
         chosen = torch.randint(len(texts), (64,), generator=generator).tolist()
-        batch = tokenizer([texts[i] + tokenizer.eos_token for i in chosen], padding=True, return_tensors="pt", return_token_type_ids=False)
+        batch = tokenizer([texts[i] + tokenizer.eos_token for i in chosen], padding=True, return_tensors="pt", return_token_type_ids=False).to(llm.device)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--longest", type=int, default=16, help="characters of the tokenizer's longest pieces")
     parser.add_argument("--words", type=Path, help="a file with one word a line: the tokenizer's pieces, besides single characters")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args()
     if args.words and not args.words.is_file():
         sys.exit(f"error: no file {args.words}; --words wants one word a line")
@@ -127,7 +128,7 @@ def main() -> None:
     torch.manual_seed(0)
     texts = list(dict.fromkeys(read_captions(args.text))) if args.text else TextImageFolder(args.data_path).distinct_captions()
     tokenizer = train_tokenizer(texts, longest=args.longest, words=read_captions(args.words) if args.words else ())
-    llm = build_llama(tokenizer)
+    llm = build_llama(tokenizer).to(args.device)
     loss = train_llama(llm, tokenizer, texts, args.steps)
     logging.disable_progress_bar()
     llm.save_pretrained(args.out)
