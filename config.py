@@ -18,7 +18,7 @@ SIZES = {  # models_jit.SIZES and models_mmjit.SIZES say what they are
     "JiT": ("Nano", "Ti", "S", "B", "L", "H", "G"),
     "MMJiT": ("Nano", "Ti", "S", "B", "M", "L", "XL"),
 }
-CONDITIONS = {("JiT", ""): "labels", ("JiT", "-Text"): "pooled", ("JiT", "-Tokens"): "tokens", ("MMJiT", ""): "tokens", ("MMJiT", "-AdaLN"): "tokens"}
+CONDITIONS = {("JiT", ""): "labels", ("JiT", "-Text"): "pooled", ("JiT", "-Tokens"): "tokens", ("MMJiT", ""): "tokens"}
 SOLVERS = ("heun", "euler")  # denoiser.SOLVERS has them
 LAYERS = ("last", "-2", "middle", "mean")
 SEVERAL = "--sweep needs several settings to choose from; try --eval_ema 1,2,raw --cfg 1.0:4.0:0.1 --interval 0-1,0.1-1"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import parse_model_name
-from models_jit import BottleneckPatchEmbed, RMSNorm, TimeEmbedder, adaln, initialize_linears, modulate, sincos_table, text_angles, unpatchify
+from models_jit import BottleneckPatchEmbed, RMSNorm, initialize_linears, sincos_table, text_angles, unpatchify
 from util.text import Text
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines of the angles of RoPE, (T, D / 2) each, float32: taken once for all blocks
@@ -77,12 +77,9 @@ class TextBlock(Attention):
 
 
 class DoubleBlock(Attention):
-    """Joint attention over [text, picture], and an MLP for each.  The last block's text goes nowhere and is not made.
+    """Joint attention over [text, picture], and an MLP for each.  The last block's text goes nowhere and is not made."""
 
-    With `timed` the picture's stream is under adaLN-Zero from the time, as JiT's is.
-    """
-
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, last: bool, timed: bool):
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, last: bool):
         super().__init__(width, num_heads)
         self.last = last
         for stream in ("img",) if last else ("img", "txt"):
@@ -92,46 +89,34 @@ class DoubleBlock(Attention):
         for stream in ("img", "txt"):
             setattr(self, f"{stream}_norm1", RMSNorm(width))
             setattr(self, f"{stream}_qkv", nn.Linear(width, 3 * width))
-        self.adaLN_modulation = adaln(width, 6) if timed else None
 
-    def forward(self, text: Tensor, x: Tensor, c: Tensor | None, turn: Turn) -> tuple[Tensor, Tensor]:
-        """text: (B, L, C); x: (B, N, C); c: (B, C), the time; turn: of all L + N.  Returns: text and x."""
+    def forward(self, text: Tensor, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        """text: (B, L, C); x: (B, N, C); turn: of all L + N.  Returns: text and x."""
         length = text.shape[1]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1) if self.adaLN_modulation else [None] * 6
-        qkv = torch.cat([self.txt_qkv(self.txt_norm1(text)), self.img_qkv(modulated(self.img_norm1(x), shift1, scale1))], dim=1)
+        qkv = torch.cat([self.txt_qkv(self.txt_norm1(text)), self.img_qkv(self.img_norm1(x))], dim=1)
         seen = self.attend(qkv, turn)
-        x = x + gated(self.img_attn_proj(seen[:, length:]), gate1)
-        x = x + gated(self.img_mlp(modulated(self.img_norm2(x), shift2, scale2)), gate2)
+        x = x + self.img_attn_proj(seen[:, length:])
+        x = x + self.img_mlp(self.img_norm2(x))
         if not self.last:
             text = text + self.txt_attn_proj(seen[:, :length])
             text = text + self.txt_mlp(self.txt_norm2(text))
         return text, x
 
 
-def modulated(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    return x if shift is None else modulate(x, shift, scale)
-
-
-def gated(x: Tensor, gate: Tensor | None) -> Tensor:
-    return x if gate is None else gate[:, None] * x
-
-
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, out_dim: int, timed: bool):
+    def __init__(self, width: int, out_dim: int):
         super().__init__()
         self.norm_final = RMSNorm(width)
         self.linear = nn.Linear(width, out_dim)
-        self.adaLN_modulation = adaln(width, 2) if timed else None
 
-    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:  # (B, N, C), (B, C) -> (B, N, p p 3)
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1) if self.adaLN_modulation else (None, None)
-        return self.linear(modulated(self.norm_final(x), shift, scale))
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, C) -> (B, N, p p 3)
+        return self.linear(self.norm_final(x))
 
 
 class MMJiT(nn.Module):
     """net(z_t, t, y) -> x_pred: the clean picture, predicted from the noisy one and a caption's tokens.
 
-    Where a caption has no token, and everywhere for the null, the learned mask token stands in, and is attended to. The time t is not used but with `timed`.
+    Where a caption has no token, and everywhere for the null, the learned mask token stands in, and is attended to. The time t is not used.
     """
 
     def __init__(
@@ -146,7 +131,6 @@ class MMJiT(nn.Module):
         mlp_ratio: float = 2.6667,
         text_dim: int = 1024,
         bottleneck_dim: int = 128,
-        timed: bool = False,
     ):
         super().__init__()
         assert input_size % patch_size == 0, f"image size {input_size} is not a multiple of the patch size {patch_size}"
@@ -155,23 +139,17 @@ class MMJiT(nn.Module):
         self.img_embedder = BottleneckPatchEmbed(patch_size, in_channels, bottleneck_dim, hidden_size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, text_dim))
         self.txt_embedder = nn.Linear(text_dim, hidden_size, bias=False)
-        self.t_embedder = TimeEmbedder(hidden_size) if timed else None
         self.register_buffer("pos_embed", sincos_table(hidden_size, grid)[None], persistent=False)
         self.register_buffer("angles", picture_angles(grid, self.head_width), persistent=False)
         self.txt_preamble_blocks = nn.ModuleList(TextBlock(hidden_size, num_heads, mlp_ratio) for _ in range(text_blocks))
-        self.double_blocks = nn.ModuleList(DoubleBlock(hidden_size, num_heads, mlp_ratio, i == depth - 1, timed) for i in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels, timed)
+        self.double_blocks = nn.ModuleList(DoubleBlock(hidden_size, num_heads, mlp_ratio, i == depth - 1) for i in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
         initialize_linears(self)
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.zeros_(self.final_layer.linear.weight)
-        if self.t_embedder:
-            for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-                nn.init.normal_(layer.weight, std=0.02)
-            for layer in (*self.double_blocks, self.final_layer):
-                nn.init.zeros_(layer.adaLN_modulation[1].weight)
 
     @property
     def y_embedder(self) -> nn.Module:
@@ -189,11 +167,10 @@ class MMJiT(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, y: Text) -> Tensor:
         """z_t: (B, 3, H, W); t: (B,), in [0, 1]; y: (B, L, text_dim).  Returns: x_pred, (B, 3, H, W)."""
         text, text_places = self.embed_text(y)
-        c = self.t_embedder(t) if self.t_embedder else None
         x, turn = self.img_embedder(z_t) + self.pos_embed, turn_of(torch.cat([text_places, self.angles]))
         for block in self.double_blocks:
-            text, x = block(text, x, c, turn)
-        return unpatchify(self.final_layer(x, c), self.patch_size, self.in_channels)
+            text, x = block(text, x, turn)
+        return unpatchify(self.final_layer(x), self.patch_size, self.in_channels)
 
 
 # B and L are the released ones, M and XL those of the release's code, without weights; Nano, Ti and S are ours, for small data and CPUs.
@@ -212,4 +189,4 @@ SIZES = {
 def build_model(name: str, **kwargs) -> MMJiT:
     """The network called `name`; `kwargs` are MMJiT's own."""
     known = parse_model_name(name)
-    return MMJiT(patch_size=known.patch, timed=known.suffix == "-AdaLN", **dict(zip(_COLUMNS, SIZES[known.size])), **kwargs)
+    return MMJiT(patch_size=known.patch, **dict(zip(_COLUMNS, SIZES[known.size])), **kwargs)

@@ -39,7 +39,7 @@ ASPECTS = ("shape", "colour", "binding", "relation", "everything")
 DATA = {
     "two": SceneSet("two", EPOCH + 64, 32),
     "two-en": SceneSet("two", EPOCH + 64, 32, language="en"),
-    "two-long": SceneSet("two", EPOCH + 64, 32, long=True),
+    "two-long": SceneSet("two", 30_000 + 64, 32, long=True),
     "two-wrong": SceneSet("two", EPOCH + 64, 32, wrong=0.3),
     "two-clean": SceneSet("two", EPOCH // 20 + 12, 32, seed=1),  # a hundredth is held out
     "mixed": SceneSet("mixed", 2 * EPOCH + 64, 64),
@@ -69,11 +69,10 @@ NETWORKS = {  # at 2.8M parameters within 5 %, by depth; tokens6 is JiT-Nano at 
     "tokens": "JiT-Nano9/8-Tokens",
     "tokens6": "JiT-Nano/8-Tokens",
     "mmjit": "MMJiT-Nano/8",
-    "adaln": "MMJiT-Nano5/8-AdaLN",
 }
-NARROW = {"tokens": "JiT-W96/8-Tokens", "mmjit": "MMJiT-W96/8", "adaln": "MMJiT-W96x5/8-AdaLN"}  # 96 wide
+NARROW = {"tokens": "JiT-W96/8-Tokens", "mmjit": "MMJiT-W96/8"}  # 96 wide
 RATE = 2e-3
-SETTINGS = {"pooled": (RATE, 1.0), "tokens": (RATE, 2.0), "tokens6": (RATE, 2.0), "mmjit": (RATE, 2.0), "adaln": (RATE, 1.0)}  # rate and noise scale, as swept
+SETTINGS = {"pooled": (RATE, 1.0), "tokens": (2 * RATE, 2.0), "tokens6": (2 * RATE, 2.0), "mmjit": (RATE, 2.0)}  # rate and noise scale
 
 
 def usual(name: str, network: str, **more) -> Experiment:
@@ -100,7 +99,7 @@ def ways() -> Iterator[Experiment]:
 
 def sweep() -> Iterator[Experiment]:
     """Noise scale, then learning rate of each network, at half of the pictures: after 25,000 the judge cannot tell them apart."""
-    for name in ("mmjit", "adaln", "tokens", "pooled"):
+    for name in ("mmjit", "tokens", "pooled"):
         for lr, noise in ((RATE, 1.0), (RATE, 1.5), (RATE, 2.0), (RATE / 2, SETTINGS[name][1]), (RATE * 2, SETTINGS[name][1])):
             yield Experiment(f"sweep-{name}-lr{lr:g}-noise{noise:g}", NETWORKS[name], lr=lr, noise=noise, thousands=100, judged=300)
 
@@ -115,8 +114,8 @@ def others() -> Iterator[Experiment]:
 
 def mixed() -> Iterator[Experiment]:
     """All levels at once."""
-    for network in ("mmjit", "tokens", "adaln"):
-        yield usual(f"mixed-{network}", network, data="mixed", batch=128, thousands=1000)
+    for network in ("mmjit", "tokens"):
+        yield usual(f"mixed-{network}", network, data="mixed", thousands=1000)
 
 
 def choices() -> Iterator[Experiment]:
@@ -124,7 +123,7 @@ def choices() -> Iterator[Experiment]:
     for layer in ("mean", "last"):
         for norm in ("standardize", "rms", "none"):
             flags = ("--llm_layer", layer, "--text_norm", norm, "--text_cache", "memory")
-            yield usual(f"choices-{layer}-{norm}", "tokens6", thousands=100, judged=300, flags=flags)
+            yield usual(f"choices-{layer}-{norm}", "tokens6", lr=RATE, thousands=100, judged=300, flags=flags)
 
 
 def curve() -> Iterator[Experiment]:
@@ -137,7 +136,7 @@ def curve() -> Iterator[Experiment]:
 def english() -> Iterator[Experiment]:
     """Read by MiniLM."""
     for network in ("tokens6", "mmjit"):
-        yield usual(f"english-{network}", network, data="two-en", llm="en", thousands=125 if network == "tokens6" else 200)
+        yield usual(f"english-{network}", network, data="two-en", lr=RATE, llm="en", thousands=125 if network == "tokens6" else 200)
 
 
 def long() -> Iterator[Experiment]:
@@ -145,7 +144,7 @@ def long() -> Iterator[Experiment]:
     yield usual("long-short", "mmjit", llm="ja-long", flags=("--text_cache", "memory"))
     for length in (160, 77):
         flags = ("--max_text_len", str(length), "--text_cache", "off")
-        yield usual(f"long-{length}", "mmjit", data="two-long", thousands=50, begins="long-short", llm="ja-long", flags=flags)
+        yield usual(f"long-{length}", "mmjit", data="two-long", lr=RATE / 2, thousands=60, begins="long-short", llm="ja-long", flags=flags)
 
 
 def stages() -> Iterator[Experiment]:

@@ -1,6 +1,6 @@
 """main_jit.py with the networks besides that benchmarks/alignment.py compares: other sizes, and tokens read in other ways.  `python -m benchmarks.alignment_variants FLAGS`.
 
-Sizes: `Nano9` JiT with nine blocks and `Nano5` MM-JiT with five, at the parameters of MMJiT-Nano; `Zero` JiT-Nano whose tokens enter at block 0;
+Sizes: `Nano9` JiT with nine blocks, at the parameters of MMJiT-Nano; `Zero` JiT-Nano whose tokens enter at block 0;
 `W96` either, 96 wide. Pictures are decoded once a process, and on a GPU a network is one CUDA graph. Ways: `-TokensUnturned` has no RoPE on the tokens;
 `-TokensUngated` adaLN on the picture alone; `-TokensRefined` two blocks of the text's own before; `-TokensMasked` hides padding from the attention in place of a mask token; `-TokensPooled` adds the mean of the tokens to adaLN.
 """
@@ -28,7 +28,7 @@ SIZES = {
         "Zero": (128, 6, 4, 32, 0, 8),
         "W96": (96, 6, 3, 32, 2, 8),
     },
-    "MMJiT": {"Nano5": (128, 5, 4, 2.6667, 32), "W96": (96, 6, 3, 2.6667, 32), "W96x5": (96, 5, 3, 2.6667, 32)},
+    "MMJiT": {"W96": (96, 6, 3, 2.6667, 32)},
 }
 
 

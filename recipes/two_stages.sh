@@ -15,7 +15,8 @@
 # pictures behind addresses are their own.
 # Stage 2 (DATA): 40,000 steps on 120,000 clean pairs at a tenth of the rate, from stage 1's first average. MiniT2I took BLIP3o-60k, DALL-E 3 and
 # ShareGPT-4o pictures (English; no such set in Japanese is known here, so translate, or take -ext above); GenEval was .826 after both stages,
-# .529 after the first alone, .408 after the second alone.
+# .529 after the first alone, .408 after the second alone. On drawn scenes a first stage with 30 % wrong captions did harm (benchmarks/README.md): look
+# for wrong captions before anything else.
 # Epochs are those of a million pictures in stage 1 and of 120,000 in stage 2; change them in the script for other numbers, not by a flag, which both
 # stages take. Stage 2 begins where stage 1 has ended; a script that was killed goes on in the stage that it was in.
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.

@@ -66,7 +66,7 @@ def test_parameter_counts(name, monkeypatch):
 def test_the_papers_models_and_any_patch_size():
     assert set(JiT_models) == set(COUNTS)
     assert parse_model_name("JiT-G/14-Text") == ("JiT", "G", 14, "-Text")
-    for wrong in ("JiT-B16", "JiT-X/16", "JiT-B/0", "JiT-B/16-text", "jit-B/16", "MMJiT-G/16", "JiT-M/16", "MMJiT-B/16-Text", "JiT-B/16-AdaLN"):
+    for wrong in ("JiT-B16", "JiT-X/16", "JiT-B/0", "JiT-B/16-text", "jit-B/16", "MMJiT-G/16", "JiT-M/16", "MMJiT-B/16-Text", "MMJiT-B/16-AdaLN"):
         with pytest.raises(ValueError, match="JiT-SIZE/PATCH"):
             parse_model_name(wrong)
     for name, given in (("JiT-Nano/4-Text", {}), ("JiT-Nano/4-Tokens", {"text_dim": 8}), ("JiT-Nano/4", {"text_dim": 8})):

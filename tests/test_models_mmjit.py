@@ -13,18 +13,16 @@ from models_jit import sincos_table
 from models_mmjit import SIZES, build_model, picture_angles, rotate, text_angles, turn_of
 from util.text import Text
 
-KINDS = ["MMJiT-Nano/4", "MMJiT-Nano/4-AdaLN"]
 RELEASED = {"MMJiT-B/16": 258.1, "MMJiT-B/32": 260.2, "MMJiT-L/16": 911.8}  # millions of parameters in the files, for a text encoder 1024 wide
 TRAINED = {  # millions, for the same encoder
-    "MMJiT-Nano/4": 2.774, "MMJiT-Nano/4-AdaLN": 3.450, "MMJiT-Ti/16": 11.578, "MMJiT-S/16": 45.505, "MMJiT-B/16-AdaLN": 313.448, "MMJiT-M/16": 572.466,
-    "MMJiT-XL/16": 1907.632,
+    "MMJiT-Nano/4": 2.774, "MMJiT-Ti/16": 11.578, "MMJiT-S/16": 45.505, "MMJiT-M/16": 572.466, "MMJiT-XL/16": 1907.632,
 }  # fmt: skip
 MASKS = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [0, 1, 0, 1, 1, 0, 1]]).bool()
 
 
-def nano(name: str = KINDS[0]):
+def nano():
     torch.manual_seed(0)
-    return build_model(name, input_size=16, text_dim=24)
+    return build_model("MMJiT-Nano/4", input_size=16, text_dim=24)
 
 
 def inputs(seed: int = 1):
@@ -52,7 +50,7 @@ def angles(length, grid, d):
     return torch.cat([text, picture])
 
 
-def reference_forward(state, z, t, states, mask, heads, patch):
+def reference_forward(state, z, states, mask, heads, patch):
     """MM-JiT from its description, with plain matrix products and no module of ours."""
 
     def linear(x, name):
@@ -67,18 +65,8 @@ def reference_forward(state, z, t, states, mask, heads, patch):
     def mlp(x, name):
         return linear(F.silu(linear(x, f"{name}.w1")) * linear(x, f"{name}.w3"), f"{name}.w2")
 
-    def modulated(x, shift, scale):
-        return x * (1 + scale[:, None]) + shift[:, None]
-
-    def chunks(name, count):  # of adaLN: nothing of the network without it
-        return linear(F.silu(time), f"{name}.adaLN_modulation.1").chunk(count, -1) if timed else None
-
-    timed = "t_embedder.mlp.0.weight" in state
     batch, length, grid, width = len(z), mask.shape[1], z.shape[-1] // patch, state["img_embedder.proj2.weight"].shape[0]
     rotation = angles(length, grid, width // heads)
-    if timed:
-        angle = t[:, None] * 10000.0 ** (-torch.arange(128) / 128)
-        time = linear(F.silu(linear(torch.cat([angle.cos(), angle.sin()], 1), "t_embedder.mlp.0")), "t_embedder.mlp.2")
     patches = z.view(batch, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5).reshape(batch, grid * grid, -1)
     picture = patches @ state["img_embedder.proj1.weight"].flatten(1).T @ state["img_embedder.proj2.weight"].flatten(1).T
     picture = picture + state["img_embedder.proj2.bias"] + sincos_table(width, grid)
@@ -92,40 +80,29 @@ def reference_forward(state, z, t, states, mask, heads, patch):
     for i in range(depth):
         b = f"double_blocks.{i}"
         seen = rms(picture, state[f"{b}.img_norm1.weight"])
-        if timed:
-            shift1, scale1, gate1, shift2, scale2, gate2 = chunks(b, 6)
-            seen = modulated(seen, shift1, scale1)
         read = linear(rms(text, state[f"{b}.txt_norm1.weight"]), f"{b}.txt_qkv").chunk(3, -1)
         q, k, v = (torch.cat(pair, 1) for pair in zip(read, linear(seen, f"{b}.img_qkv").chunk(3, -1)))
         read, seen = attention(q, k, v, b).split([length, grid * grid], 1)
-        seen = linear(seen, f"{b}.img_attn_proj")
-        picture = picture + (gate1[:, None] * seen if timed else seen)
-        seen = rms(picture, state[f"{b}.img_norm2.weight"])
-        picture = picture + (gate2[:, None] * mlp(modulated(seen, shift2, scale2), f"{b}.img_mlp") if timed else mlp(seen, f"{b}.img_mlp"))
+        picture = picture + linear(seen, f"{b}.img_attn_proj")
+        picture = picture + mlp(rms(picture, state[f"{b}.img_norm2.weight"]), f"{b}.img_mlp")
         if i < depth - 1:  # what the last block would make of the text is read by nothing
             text = text + linear(read, f"{b}.txt_attn_proj")
             text = text + mlp(rms(text, state[f"{b}.txt_norm2.weight"]), f"{b}.txt_mlp")
-    picture = rms(picture, state["final_layer.norm_final.weight"])
-    if timed:
-        picture = modulated(picture, *chunks("final_layer", 2))
-    tokens = linear(picture, "final_layer.linear")
+    tokens = linear(rms(picture, state["final_layer.norm_final.weight"]), "final_layer.linear")
     return tokens.view(batch, grid, grid, patch, patch, 3).permute(0, 5, 1, 3, 2, 4).reshape(z.shape)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_forward_equals_the_written_out_network(name):
-    net, (z, t, y) = wake(nano(name)).eval(), inputs()
+def test_forward_equals_the_written_out_network():
+    net, (z, t, y) = wake(nano()).eval(), inputs()
     with torch.no_grad():
-        wanted = reference_forward(net.state_dict(), z, t, y.states, y.mask, heads=4, patch=4)
+        wanted = reference_forward(net.state_dict(), z, y.states, y.mask, heads=4, patch=4)
         assert wanted.std() > 0.1
         torch.testing.assert_close(net(z, t, y), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_the_time_is_not_read_but_with_adaln():
-    z, t, y = inputs()
-    for name, read in zip(KINDS, (False, True)):
-        net = wake(nano(name)).eval()
-        assert torch.equal(net(z, t, y), net(z, t.flip(0), y)) is not read
+def test_the_time_is_not_read():
+    net, (z, t, y) = wake(nano()).eval(), inputs()
+    assert torch.equal(net(z, t, y), net(z, t.flip(0), y))
 
 
 def test_state_dict_has_the_released_names_and_shapes_of_all_that_is_used():
@@ -150,21 +127,16 @@ def test_state_dict_has_the_released_names_and_shapes_of_all_that_is_used():
                 block |= {f"{stream}_mlp.{name}": shape for name, shape in mlp.items()}
         wanted |= {f"double_blocks.{i}.{name}": shape for name, shape in block.items()}
     assert {name: tuple(value.shape) for name, value in nano().state_dict().items()} == wanted
-    timed = {"t_embedder.mlp.0.weight": (c, 256), "t_embedder.mlp.0.bias": (c,), "t_embedder.mlp.2.weight": (c, c), "t_embedder.mlp.2.bias": (c,)}
-    for layer, chunks in [(f"double_blocks.{i}", 6) for i in range(6)] + [("final_layer", 2)]:
-        timed |= {f"{layer}.adaLN_modulation.1.weight": (chunks * c, c), f"{layer}.adaLN_modulation.1.bias": (chunks * c,)}
-    assert {name: tuple(value.shape) for name, value in nano(KINDS[1]).state_dict().items()} == wanted | timed
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_initial_values(name):
-    for key, value in nano(name).state_dict().items():
-        if key.endswith(".bias") or "adaLN" in key or key == "final_layer.linear.weight":
+def test_initial_values():
+    for key, value in nano().state_dict().items():
+        if key.endswith(".bias") or key == "final_layer.linear.weight":
             assert not value.any(), key
         elif "norm" in key:
             assert (value == 1).all(), key
-        elif key == "mask_token" or key.startswith("t_embedder"):
-            assert value.std().item() == pytest.approx(0.02, rel=0.4 if key == "mask_token" else 0.1), key  # 24 numbers
+        elif key == "mask_token":
+            assert value.std().item() == pytest.approx(0.02, rel=0.4)  # 24 numbers
         else:
             fan_out, fan_in = value.shape[0], value[0].numel()
             bound = math.sqrt(6 / (fan_in + fan_out))
@@ -172,13 +144,9 @@ def test_initial_values(name):
             assert value.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05), key
 
 
-def test_a_fresh_network_is_zero_and_a_fresh_block_under_adaln_leaves_the_picture_as_it_is():
+def test_a_fresh_network_is_zero():
     z, t, y = inputs()
-    net = nano(KINDS[1])
-    assert not net(z, t, y).any() and not nano()(z, t, y).any()
-    text, x, c = torch.randn(4, 7, 128), torch.randn(4, 16, 128), torch.randn(4, 128)
-    block = net.double_blocks[0](text, x, c, turn_of(torch.cat([text_angles(7, 32), net.angles])))
-    assert torch.equal(block[1], x) and not torch.equal(block[0], text)
+    assert not nano()(z, t, y).any()
 
 
 def parameters(name: str) -> float:
@@ -201,9 +169,8 @@ def test_parameters_that_are_trained(name):
     assert parameters(name) == pytest.approx(TRAINED[name], abs=0.005)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_states_where_there_is_no_token_have_no_say(name):
-    net, (z, t, y) = wake(nano(name)).eval(), inputs()
+def test_states_where_there_is_no_token_have_no_say():
+    net, (z, t, y) = wake(nano()).eval(), inputs()
     for garbage in (1e4, float("nan")):
         assert torch.equal(net(z, t, Text(y.states.masked_fill(~y.mask[..., None], garbage), y.mask)), net(z, t, y))
     other = net(z, t, Text(y.states.masked_fill(y.mask[..., None], 1.0), y.mask))
@@ -216,10 +183,9 @@ def test_mask_tokens_are_attended_to():
     assert (net(z, t, longer) - net(z, t, y)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_every_parameter_is_in_the_graph_and_has_a_say(name):
+def test_every_parameter_is_in_the_graph_and_has_a_say():
     for mask in (MASKS, torch.ones_like(MASKS), torch.zeros_like(MASKS)):  # whatever a batch holds: DDP is not told to look for unused ones
-        net, (z, t, y) = wake(nano(name)), inputs()
+        net, (z, t, y) = wake(nano()), inputs()
         net(z, t, Text(y.states, mask)).square().mean().backward()
         unused = {key for key, param in net.named_parameters() if param.grad is None}
         silent = {key for key, param in net.named_parameters() if not param.grad.any()}
@@ -252,9 +218,8 @@ def test_where_a_token_stands_matters():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("name", KINDS)
-def test_flash_attention_takes_it_since_nothing_is_masked(name, bf16, monkeypatch):
-    net, (z, t, y) = wake(nano(name)).eval(), inputs()
+def test_flash_attention_takes_it_since_nothing_is_masked(bf16, monkeypatch):
+    net, (z, t, y) = wake(nano()).eval(), inputs()
     calls, attention = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **options: calls.append((args, options)) or attention(*args, **options))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -276,11 +241,10 @@ def test_shapes_are_the_same_whatever_the_captions(monkeypatch):
     assert shapes[:8] == [[(4, 4, 7, 32)] * 3] * 2 + [[(4, 4, 7 + 16, 32)] * 3] * 6
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_a_forward_makes_nothing_on_another_device(name):
+def test_a_forward_makes_nothing_on_another_device():
     """A copy from the CPU would wait for the GPU in every step."""
     with torch.device("meta"):
-        net, (z, t, y) = nano(name), inputs()
+        net, (z, t, y) = nano(), inputs()
     with Devices() as devices:
         net(z, t, y.to("meta"))
     assert devices.found == {"meta"}

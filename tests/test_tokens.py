@@ -138,13 +138,6 @@ def test_mm_jit_reads_256_tokens_of_a_caption_and_jit_77_unless_told_otherwise()
         assert (text.max_text_len, text.pooling) == (length, "tokens")
 
 
-def test_mm_jit_under_adaln_trains(text_data, llm_folder, tmp_path):
-    run(*flags(text_data, llm_folder(), tmp_path, "--model", "MMJiT-Nano/8-AdaLN", "--batch_size", 4, "--epochs", 2, "--precision", "bf16"))
-    state = weights(tmp_path)
-    assert moved(state) > 1e-4 and all(value.isfinite().all() for value in state["model"].values())
-    assert state["model"]["net.double_blocks.0.adaLN_modulation.1.weight"].abs().max() > 1e-4 and state["text"]["max_text_len"] == 256
-
-
 def test_batches_that_shared_memory_cannot_hold_are_called_out(monkeypatch, capsys):
     job = parse(["--model", "JiT-Nano/8-Tokens", "--img_size", "16", "--batch_size", "8", "--num_workers", "1"])
     conditions = Conditioning(SimpleNamespace(in_loader=True), torch.zeros(0), bytes_each=10_000)

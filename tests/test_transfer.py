@@ -105,7 +105,6 @@ def test_the_same_features_are_a_copy():
     for origin, net, y in (
         (jit("JiT-Nano/4-Tokens", text_dim=24, text_len=8), jit("JiT-Nano/4-Tokens", 1, text_dim=24, text_len=8), text),
         (mmjit(), mmjit(seed=1), text),
-        (mmjit("MMJiT-Nano/4-AdaLN"), mmjit("MMJiT-Nano/4-AdaLN", 1), text),
         (jit("JiT-Nano/4-Text", text_dim=24), jit("JiT-Nano/4-Text", 1, text_dim=24), torch.randn(3, 24)),
         (jit("JiT-Nano/4"), jit("JiT-Nano/4", 1), torch.tensor([0, 3, 10])),
     ):
