@@ -276,8 +276,43 @@ class Data(Config):
     path: str = flag(
         "./data",
         "data_path",
-        "folder with images/ and captions/ (text) or train/<class>/ (classes)",
-        "images/ と captions/（テキスト）または train/<class>/（クラス）があるフォルダ",
+        "folder with images/ and captions/ (text) or train/<class>/ (classes), a table of pictures and captions, Parquet files or tar shards; docs/data.md",
+        "images/ と captions/（テキスト）または train/<class>/（クラス）があるフォルダ、画像とキャプションの表、Parquet、tar。docs/ja/data.md を参照",
+    )
+    format: str = flag(
+        "auto",
+        "data_format",
+        "what --data_path is, where it may be several things",
+        "--data_path の形式（自動で決まらないとき）",
+        choices=("auto", "folder", "table", "parquet", "tar"),
+    )
+    image_column: str | None = flag(
+        None,
+        "image_column",
+        "column of a table or of Parquet files with pictures or the names of their files",
+        "画像、または画像ファイル名の列（表、Parquet）",
+        shown="image or file_name",
+    )
+    caption_column: str | None = flag(
+        None,
+        "caption_column",
+        "column with a caption or a list of captions; in tar shards, of the .json, in place of the .txt",
+        "キャプション（またはそのリスト）の列。tar では .txt の代わりに .json のその項目を読みます",
+        shown="text or texts",
+    )
+    image_root: str | None = flag(
+        None,
+        "image_root",
+        "folder that a table's file names start from",
+        "表のファイル名の起点になるフォルダ",
+        shown="the table's folder",
+    )
+    crop: str = flag(
+        "center",
+        "crop",
+        "the square that is trained on: the middle, or ADM's random crop (never for reference statistics)",
+        "学習で使う正方形。center は中央、random は ADM のランダムクロップ（参照統計では常に center）",
+        choices=("center", "random"),
     )
     missing: str = flag(
         "error",
@@ -596,7 +631,7 @@ class ReferenceJob:
 
 LONG_TEXT = 256  # --max_text_len of MMJiT, as released
 TEXT_FLAGS = ("llm_model_name", "max_text_len", "llm_layer", "llm_dtype", "text_norm", "text_cache", "text_cache_dir", "held_out", "missing_captions")
-TEXT_FLAGS += ("eval_captions", "clip_model", "trust_remote_code")
+TEXT_FLAGS += ("eval_captions", "clip_model", "trust_remote_code", "data_format", "image_column", "caption_column", "image_root")
 CONFIGS = (Model, DiffusionConfig, SamplerConfig, TextConfig, TextSource, Data, Train, Averages, Save, Drawing, Eval, Sweep, Run)
 
 

@@ -368,7 +368,8 @@ def parse_cache(argv: Sequence[str] | None = None) -> CacheJob:
 
 def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:
     """prepare_ref.py: the few flags that decide reference statistics."""
-    shared = ("data_path", "img_size", "missing_captions", "inception_weights", "num_workers", "device")
+    shared = ("data_path", "data_format", "image_column", "caption_column", "image_root", "img_size", "missing_captions", "inception_weights")
+    shared += ("num_workers", "device")
     parser = Parser("Reference statistics for FID of a data set under the training's crop.")
     for config in (Data, Model, Eval, Run):
         for known, default, kind in flags_in(config):
@@ -408,6 +409,9 @@ SHOWN_JA = {
     "all": "すべて",
     "77; 256 for MMJiT": "77、MMJiT は 256",
     "what --model reads": "--model が読む形",
+    "the table's folder": "表のあるフォルダ",
+    "image or file_name": "image または file_name",
+    "text or texts": "text または texts",
     "the data's": "データのもの",
     "the data's own": "データ自身の統計",
     "no clipping": "制限なし",

@@ -102,7 +102,7 @@ def prepare_evaluation(job: EvaluateJob | SweepJob, saved: Saved) -> Evaluator:
     output_dir, path = writable_folder(job.run.output_dir, "--output_dir"), saved.path
     counts = [job.evaluation.num_images, *([job.sweep.images] if isinstance(job, SweepJob) else [])]
     request = find_requested(job.evaluation, model, counts, device)
-    needed = (model.is_text and not job.evaluation.captions) or Path(job.data.path).is_dir()
+    needed = (model.is_text and not job.evaluation.captions) or Path(job.data.path).exists()
     dataset = open_data(job.data, model, job.run.seed) if needed else None
     agree_on_data(dataset, saved)
     planned = plan(request, job.data, dataset, output_dir)
@@ -248,7 +248,7 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
         schedule=Schedule(job.save, train.epochs, steps, train.log_freq, job.evaluation is not None),
         report=Report(bar, board, world.effective_batch, skips),
         skips=skips,
-        broken=Broken(folder, len(shares.dataset), job.data.broken),
+        broken=Broken(folder, len(shares.dataset), job.data.broken, shares.dataset.bad),
         stop=stop,
         save=resume.Saver(writer, state, skips, world, job, conditions.description),
         gap=text_gap(job, prepared) if job.text else None,

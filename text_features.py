@@ -25,7 +25,7 @@ from util import distributed as dist
 from util import feature_store as disk
 from util.errors import UserError
 from util.feature_store import FeatureRows, FeatureStore
-from util.files import writable_folder
+from util.files import beside, writable_folder
 from util.logging import progress, say
 
 SAMPLE = 4096  # captions that --text_cache off measures lengths and statistics on, and whose tokens say how large a store of tokens will be
@@ -273,9 +273,9 @@ def stored_manifest(folder: Path) -> dict[str, Any]:
 def store_folder(source: TextSource, data_path: str, output_dir: str) -> Path:
     """--text_cache_dir, else beside the data; in output_dir where nothing can be written there and no store is there yet."""
     name = "text_cache_tokens" if source.encoder.pooling == "tokens" else "text_cache"
-    beside = Path(data_path) / name
-    usable = beside.is_dir() or os.access(data_path, os.W_OK)
-    return Path(source.folder or (beside if usable else Path(output_dir) / name))
+    kept = beside(data_path, name)
+    usable = kept.is_dir() or os.access(kept.parent, os.W_OK)
+    return Path(source.folder or (kept if usable else Path(output_dir) / name))
 
 
 def source_of(job: TrainJob | DrawJob, any_captions: bool) -> TextSource:

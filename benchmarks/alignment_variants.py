@@ -171,7 +171,7 @@ Parallel.__call__ = call
 
 
 def decode(path: str, size: int) -> np.ndarray:
-    return plain_picture(stream.PictureDataset([path], size, hflip=False), 0).numpy()
+    return plain_picture(stream.PictureDataset([path], stream.View(size)), 0).numpy()
 
 
 def decode_all(paths: Iterable[str], size: int) -> None:
@@ -181,7 +181,7 @@ def decode_all(paths: Iterable[str], size: int) -> None:
         pictures.update(zip(paths, pool.map(partial(decode, size=size), paths, chunksize=256)))
 
 
-def picture(dataset: stream.PictureDataset, index: int) -> Tensor:
+def picture(dataset: stream.PictureDataset, index: int, n: int | None = None) -> Tensor:
     path = dataset.paths[index]
     if path not in pictures:
         pictures[path] = decode(path, dataset.img_size)

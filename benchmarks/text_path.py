@@ -32,9 +32,8 @@ from benchmarks.train_step import synchronize
 from conditioning import Conditioning, LabelConditions
 from config import Data, DiffusionConfig, SamplerConfig, TextConfig, TextSource, Train
 from datasets.imagenet import ClassFolder
-from datasets.source import make_loader
-from datasets.stream import PackedStrings, StreamSampler
-from datasets.text_image import TextImageFolder
+from datasets.source import make_loader, open_captioned
+from datasets.stream import PackedStrings, StreamSampler, View
 from demo.tiny_llm import train_tokenizer
 from denoiser import sample
 from evaluation.text_gap import TextGap, choose
@@ -156,7 +155,7 @@ def prepare(captions: Sequence[str], config: TextConfig, cache: str, store: Path
 
 
 def bench_step(args: argparse.Namespace, llm: Path, device: torch.device) -> None:
-    text, classes = TextImageFolder(args.out / "data", args.img_size), ClassFolder(args.out / "data", 2, args.img_size)
+    text, classes = open_captioned(Data(path=str(args.out / "data")), View(args.img_size)), ClassFolder(args.out / "data", 2, View(args.img_size))
     variants = {"class labels": Variant(classes, LabelConditions(2), args.model, None, args, device)}
     for name, cache in (("store on disk", "disk"), ("features in memory", "memory"), ("LLM in the loop", "off")):
         found = prepare(text.captions, TextConfig(str(llm), layer="last"), cache, args.out / "store", device)
@@ -175,10 +174,10 @@ def bench_step(args: argparse.Namespace, llm: Path, device: torch.device) -> Non
 
 
 def bench_tokens(args: argparse.Namespace, llm: Path, device: torch.device) -> None:
-    text, variants = TextImageFolder(args.out / "data", args.img_size), {}
+    text, variants = open_captioned(Data(path=str(args.out / "data")), View(args.img_size)), {}
     model = args.model if args.model.startswith("MMJiT") else f"{args.model}-Tokens"
     if model != args.model:
-        variants["class labels"] = Variant(ClassFolder(args.out / "data", 2, args.img_size), LabelConditions(2), args.model, None, args, device)
+        variants["class labels"] = Variant(ClassFolder(args.out / "data", 2, View(args.img_size)), LabelConditions(2), args.model, None, args, device)
     config = TextConfig(str(llm), args.max_text_len, "last", "tokens")
     for name, cache in (("tokens from the store", "disk"), ("tokens from the encoder in the step", "off")):
         found = prepare(text.captions, config, cache, args.out / f"tokens-{args.llm}", device)

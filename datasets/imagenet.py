@@ -4,14 +4,14 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from datasets.stream import PictureDataset
+from datasets.stream import PictureDataset, View
 from util.errors import UserError
 
 
 class ClassFolder(PictureDataset):
     """Raises: UserError for a folder that is not there or empty, or for more class folders than `class_num`, if that is given."""
 
-    def __init__(self, root: str | Path, class_num: int | None, img_size: int = 256, hflip: bool = True, seed: int = 0):
+    def __init__(self, root: str | Path, class_num: int | None, view: View, seed: int = 0):
         folder = Path(root) / "train"
         if not folder.is_dir():
             hint = "; it has images/, so a -Text model is meant?" if (Path(root) / "images").is_dir() else ""
@@ -24,7 +24,7 @@ class ClassFolder(PictureDataset):
         if class_num is not None and len(classes) > class_num:
             raise UserError(f"--data_path {root}: {len(classes)} class folders, but --class_num is {class_num}")
         paths, labels = zip(*samples)
-        super().__init__(paths, img_size, hflip, seed)
+        super().__init__(paths, view, seed)
         self.labels, self.classes = labels, classes
 
     def condition(self, index: int, n: int) -> int:

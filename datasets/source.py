@@ -1,6 +1,7 @@
 """Where pictures come from: one function opens them, one reads them for training.  A new kind of data is a file beside this one and a line here."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,32 +9,139 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from config import Data, Model
+from datasets.captioned import CaptionedPictures, Rows
 from datasets.imagenet import ClassFolder
-from datasets.stream import Collate, PictureDataset, StreamSampler
-from datasets.text_image import TextImageFolder
+from datasets.parquet import find_pictures, holds_pictures
+from datasets.stream import Collate, PictureDataset, StreamSampler, View
+from datasets.tables import SUFFIXES, find_rows
+from datasets.tar import find_samples
+from datasets.text_image import EXTENSIONS, find_pairs
+from util import broken
+from util.errors import UserError
+from util.files import beside
 from util.logging import say
 from util.randomness import stream
 from util.stopping import in_worker
 
 
 def open_data(data: Data, model: Model, seed: int) -> PictureDataset:
-    """The data of --data_path as the model needs it.  Raises: UserError where it cannot be used."""
+    """The data of --data_path as the model needs it.  Collective.  Raises: UserError where it cannot be used."""
     if model.is_text:
-        dataset = TextImageFolder(data.path, model.img_size, bool(data.hflip), seed, data.missing)
-        if dataset.skipped:
-            say(f"--missing_captions skip: left out {dataset.skipped}")
-        return dataset
-    dataset = ClassFolder(data.path, model.class_num, model.img_size, data.hflip is not False, seed)
+        return open_captioned(data, View(model.img_size, bool(data.hflip), data.crop), seed)
+    dataset = ClassFolder(data.path, model.class_num, View(model.img_size, data.hflip is not False, data.crop), seed)
     if len(dataset.classes) < model.class_num:
         say(f"warning: {len(dataset.classes)} class folders and --class_num {model.class_num}: the other classes are never trained")
     return dataset
 
 
 def open_pictures(data: Data, img_size: int) -> PictureDataset:
-    """For pictures alone: class folders where there is train/, else captioned pictures."""
+    """For pictures alone: class folders where there is train/, else captioned pictures.  Collective."""
     if (Path(data.path) / "train").is_dir():
-        return ClassFolder(data.path, None, img_size)
-    return TextImageFolder(data.path, img_size, missing=data.missing)
+        return ClassFolder(data.path, None, View(img_size))
+    return open_captioned(data, View(img_size))
+
+
+# Captioned pictures.
+
+
+def open_captioned(data: Data, view: View, seed: int = 0) -> CaptionedPictures:
+    """Says what is there.  Collective.  Raises: UserError where it cannot be used, before any picture is opened."""
+    path, kind = Path(data.path), format_of(data)
+    rows = FORMATS[kind](path, data)
+    if rows.problems and data.missing == "error":
+        raise UserError(f"--data_path {path}: {'; '.join(rows.problems)}. Mend them, or go on without them by --missing_captions skip")
+    if rows.problems:
+        say(f"--missing_captions skip: left out {'; '.join(rows.problems)}")
+    check_bad(rows, data)
+    if not rows.paths:
+        raise UserError(f"--data_path {path}: no captioned pictures; wanted {WANTED}")
+    lengths = [len(line) for lines in rows.captions for line in lines]
+    say(
+        f"{path} ({kind}): {len(rows.paths):,} pictures, {len(lengths):,} captions of {sum(lengths) / len(lengths):.0f} characters on average, "
+        f"{max(lengths)} at most; {rows.twins:,} pictures are the same file as another"
+    )
+    return CaptionedPictures(rows, view, seed)
+
+
+def check_bad(rows: Rows, data: Data) -> None:
+    """Rows that cannot be used are what broken pictures are.  Raises: UserError under --bad_images error, and where they are too many."""
+    if not rows.bad:
+        return
+    count, total = len(rows.bad), len(rows.bad) + len(rows.paths)
+    if data.broken == "error" or broken.too_many(count, total):
+        limit = "--bad_images error" if data.broken == "error" else "over 1 %"
+        raise UserError(f"--data_path {data.path}: {count:,} of {total:,} rows cannot be used ({limit}); the first is {rows.bad[0]}")
+    say(f"{count:,} of {total:,} rows cannot be used and are left out; the first is {rows.bad[0]}")
+
+
+def tables_of(path: Path) -> list[Path]:
+    """metadata.* in a folder, or the file itself."""
+    return sorted(path.glob("metadata.*")) if path.is_dir() else [path]
+
+
+def below(path: Path, suffix: str) -> list[Path]:
+    """Files of that kind in a folder and in the folders in it, in order, or the file itself; folders of single pictures are not searched."""
+    if not path.is_dir():
+        return [path] if path.suffix == suffix else []
+    folders = [path, *(one for one in path.iterdir() if one.is_dir() and one.name not in ("images", "captions", "train") and not one.name.startswith("."))]
+    return sorted(found for folder in folders for found in folder.glob(f"[!.]*{suffix}"))
+
+
+def parquet_of(path: Path) -> list[Path]:
+    """Without what img2dataset writes beside its shards, and without tables of an image folder."""
+    shards = {shard.with_suffix("") for shard in below(path, ".tar")}
+    return [table for table in below(path, ".parquet") if table.with_suffix("") not in shards and table.stem != "metadata"]
+
+
+def open_table(path: Path, data: Data) -> Rows:
+    tables = [table for table in tables_of(path) if table.suffix.lower() in SUFFIXES]
+    if len(tables) > 1:
+        raise UserError(f"--data_path {path} holds {' and '.join(table.name for table in tables)}; give one of them as --data_path")
+    return find_rows(tables[0], data.image_root, data.image_column, data.caption_column)
+
+
+FORMATS: dict[str, Callable[[Path, Data], Rows]] = {
+    "folder": lambda path, data: find_pairs(path),
+    "table": open_table,
+    "parquet": lambda path, data: find_pictures(parquet_of(path), data.image_column, data.caption_column),
+    "tar": lambda path, data: find_samples(below(path, ".tar"), data.caption_column, beside(path, "tar_index")),
+}
+WANTED = (
+    f"images/NAME ({' '.join(sorted(EXTENSIONS))}) with captions/NAME.txt, a table ({' '.join(SUFFIXES)}, or metadata.* in a folder), "
+    "Parquet files with pictures inside, or tar shards"
+)
+
+
+def formats_of(path: Path) -> list[str]:
+    """What there is, as far as names say."""
+    if path.is_dir():
+        found = {
+            "folder": (path / "images").is_dir() and (path / "captions").is_dir(),
+            "table": any(table.suffix.lower() in SUFFIXES for table in tables_of(path)),
+            "parquet": bool(parquet_of(path)),
+            "tar": bool(below(path, ".tar")),
+        }
+        return [name for name, there in found.items() if there]
+    return {".tar": ["tar"], ".parquet": ["table", "parquet"]}.get(path.suffix.lower(), ["table"] if path.suffix.lower() in SUFFIXES else [])
+
+
+def format_of(data: Data) -> str:
+    """Raises: UserError where it cannot be told, or is none."""
+    path = Path(data.path)
+    if not path.exists():
+        raise UserError(f"--data_path {path} is not there")
+    if data.format != "auto":
+        return data.format
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        return "parquet" if holds_pictures(path, data.image_column) else "table"
+    found = formats_of(path)
+    if len(found) > 1:
+        raise UserError(f"--data_path {path} may be {' or '.join(found)}; say which by --data_format")
+    if not found and path.is_file():
+        raise UserError(f"--data_path {path}: wanted a folder, or a file that ends in {' '.join((*SUFFIXES, '.tar'))}")
+    if not found and not any((path / name).is_dir() for name in ("images", "captions", "train")):
+        raise UserError(f"--data_path {path}: no captioned pictures; wanted {WANTED}")
+    return found[0] if found else "folder"  # which says what it lacks
 
 
 def workers(data: Data) -> int:

@@ -7,14 +7,14 @@ caption, the noise and the time of that sample, so neither the number of ranks n
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from datasets.transforms import center_crop, open_rgb, to_uint8
+from datasets.transforms import center_crop, open_rgb, random_crop, to_uint8
 from util import broken
 from util.randomness import stream, uniform
 
@@ -31,6 +31,14 @@ class Batch(NamedTuple):
     y: Tensor  # (B, ...), or labels and numbers of captions where the step looks them up
     numbers: list[int]  # of the samples
     broken: list[str]
+
+
+class View(NamedTuple):
+    """How a sample shows a picture."""
+
+    img_size: int
+    hflip: bool = False
+    crop: str = "center"  # or "random"
 
 
 class PackedStrings(Sequence):
@@ -64,12 +72,18 @@ class PictureDataset(Dataset):
     Where a picture is broken the next one stands in, and its name travels back with the sample.
     """
 
-    def __init__(self, paths: Iterable[str], img_size: int, hflip: bool, seed: int = 0):
-        self.paths, self.img_size, self.hflip, self.seed = PackedStrings(paths), img_size, hflip, seed
+    bad: Sequence[str] = ()  # a line for each row of the data that is no picture
+
+    def __init__(self, paths: Iterable[str], view: View, seed: int = 0):
+        self.paths, self.view, self.seed = PackedStrings(paths), view, seed
         self.fingerprints: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def img_size(self) -> int:
+        return self.view.img_size
 
     def fingerprint(self, root: str | Path) -> str:
         """Of the names of all picture files, below `root`; taken once, since millions of names take seconds."""
@@ -85,10 +99,18 @@ class PictureDataset(Dataset):
         """The label of picture `index`, or the number of the caption that sample n shows it with."""
         raise NotImplementedError
 
-    def picture(self, index: int) -> Tensor:
-        return to_uint8(center_crop(open_rgb(self.paths[index]), self.img_size))
+    def file(self, index: int) -> str | BinaryIO:
+        """Where Pillow reads picture `index` from."""
+        return self.paths[index]
 
-    def readable(self, index: int) -> tuple[Tensor, int, list[str]]:
+    def picture(self, index: int, n: int | None = None) -> Tensor:
+        """As sample n shows it, before any flip; without n, as statistics and evaluations see it: its middle."""
+        image = open_rgb(self.file(index))
+        if n is None or self.view.crop == "center":
+            return to_uint8(center_crop(image, self.img_size))
+        return to_uint8(random_crop(image, self.img_size, [uniform(self.seed, f"crop/{what}", [n]).item() for what in ("scale", "left", "top")]))
+
+    def readable(self, index: int, n: int | None = None) -> tuple[Tensor, int, list[str]]:
         """The first picture from `index` on that can be read, its number, and the broken ones passed over.
 
         Gives up, with an empty picture, after more broken ones in a row than a data set may have: the run ends then.
@@ -97,15 +119,15 @@ class PictureDataset(Dataset):
         for offset in range(broken.most(len(self)) + 2):
             at = (index + offset) % len(self)
             try:
-                return self.picture(at), at, passed
+                return self.picture(at, n), at, passed
             except Exception as error:  # decoders raise nearly anything: OSError, SyntaxError, struct.error, bombs
                 passed.append(f"{self.paths[at]}: {type(error).__name__}: {error}")
         return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), index, passed
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, n = key
-        picture, index, passed = self.readable(index)
-        if self.hflip and uniform(self.seed, "flip", [n]).item() < 0.5:
+        picture, index, passed = self.readable(index, n)
+        if self.view.hflip and uniform(self.seed, "flip", [n]).item() < 0.5:
             picture = picture.flip(-1)
         return Sample(picture, self.condition(index, n), n, passed)
 

@@ -1,12 +1,16 @@
 """Picture file to a square uint8 tensor, the only path for training and for the reference statistics of FID; uint8 to the model's range, and back."""
 
+import math
+from collections.abc import Sequence
+from typing import BinaryIO
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 
-def open_rgb(path: str) -> Image.Image:
+def open_rgb(path: str | BinaryIO) -> Image.Image:
     """An RGB picture: turned upright by its EXIF tag, transparency laid on white."""
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
@@ -18,16 +22,26 @@ def open_rgb(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (arXiv:2105.05233), which the published FID statistics were made with.
-
-    Halve by box filter while the short side is at least twice `size`, bring it to `size` by bicubic, cut the middle out.
-    """
-    while min(image.size) >= 2 * size:
+def shrink(image: Image.Image, short: int) -> Image.Image:
+    """Halve by box filter while the short side is at least twice `short`, then bring it to that by bicubic."""
+    while min(image.size) >= 2 * short:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    scale = short / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop (arXiv:2105.05233), which the published FID statistics were made with: the middle of the shrunk picture."""
+    image = shrink(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image: Image.Image, size: int, draws: Sequence[float]) -> Image.Image:
+    """ADM's random crop: the short side comes to between `size` and size / 0.8, and a square is cut anywhere.  draws: three numbers in [0, 1)."""
+    scale, left, top = draws
+    image = shrink(image, size + int(scale * (math.ceil(size / 0.8) - size + 1)))
+    left, top = int(left * (image.width - size + 1)), int(top * (image.height - size + 1))
     return image.crop((left, top, left + size, top + size))
 
 

@@ -19,7 +19,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
-from datasets.text_image import TextImageFolder, read_captions
+from config import Data
+from datasets.source import open_captioned
+from datasets.stream import View
+from datasets.text_image import read_captions
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<MASK|LLM-jp>", "<PAD|LLM-jp>", "<CLS|LLM-jp>", "<SEP|LLM-jp>", "<EOD|LLM-jp>"]
 
@@ -126,7 +129,7 @@ def main() -> None:
     if args.longest < 1:
         sys.exit(f"error: --longest {args.longest}; wanted at least 1")
     torch.manual_seed(0)
-    texts = list(dict.fromkeys(read_captions(args.text))) if args.text else TextImageFolder(args.data_path).distinct_captions()
+    texts = list(dict.fromkeys(read_captions(args.text))) if args.text else open_captioned(Data(path=str(args.data_path)), View(256)).distinct_captions()
     tokenizer = train_tokenizer(texts, longest=args.longest, words=read_captions(args.words) if args.words else ())
     llm = build_llama(tokenizer).to(args.device)
     loss = train_llama(llm, tokenizer, texts, args.steps)

@@ -14,7 +14,7 @@ from util import broken, metrics, reference
 from util import distributed as dist
 from util.errors import UserError
 from util.extractors import AT_A_TIME, Extractor
-from util.files import writable_folder
+from util.files import beside, writable_folder
 from util.logging import progress, say
 from util.stopping import in_worker
 
@@ -122,10 +122,11 @@ def find_kept(name: str, extractor: Extractor, dataset: PictureDataset, root: st
 
     A file that is there is used where it is the data's.
     """
-    places = [folder / f"{name}_{dataset.img_size}.npz" for folder in (Path(root), output_dir)]
+    file = f"{name}_{dataset.img_size}.npz"
+    places = [beside(root, file), output_dir / file]
 
     def look() -> tuple[Path, bool]:
         kept = [path for path in places if is_kept(path, dataset, root, extractor)]
-        return (kept[0], True) if kept else (places[not os.access(root, os.W_OK)], False)
+        return (kept[0], True) if kept else (places[not os.access(places[0].parent, os.W_OK)], False)
 
     return Kept(extractor, *dist.from_main(look() if dist.is_main() else None))

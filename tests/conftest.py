@@ -108,6 +108,16 @@ def write_text_data(root: Path, count: int = 8, size: int = 16) -> Path:
     return root
 
 
+def open_text(path, size: int = 16, hflip: bool = False, seed: int = 0, **data):
+    """The captioned pictures at `path`."""
+    from config import Data
+    from datasets.source import open_captioned
+    from datasets.stream import View
+
+    view = View(size, hflip, data.get("crop", "center"))
+    return open_captioned(Data(path=str(path), **data), view, seed)
+
+
 @pytest.fixture
 def text_data(tmp_path):
     return write_text_data(tmp_path / "data")

@@ -205,7 +205,7 @@ def test_the_pages_of_all_flags_are_up_to_date():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([*TEXT, "--data_path", "/nothing"], "error: --data_path /nothing: no folder images/"),
+        ([*TEXT, "--data_path", "/nothing"], "error: --data_path /nothing is not there"),
         (["--data_path", "/nothing"], "error: --data_path /nothing: no folder train/"),
         (["--resume", "/nothing"], "error: --resume /nothing: no such file or folder"),
         ([*TEXT, "--generate", "--resume", "/nothing", "--prompts_file", "/nothing"], "error: --prompts_file /nothing cannot be read"),

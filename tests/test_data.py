@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS
+from conftest import CAPTIONS, open_text
 from PIL import Image
 
 from datasets.imagenet import ClassFolder
 from datasets.source import hold_out
-from datasets.stream import Collate, PackedStrings, StreamSampler
-from datasets.text_image import TextImageFolder
+from datasets.stream import Collate, PackedStrings, StreamSampler, View
 from datasets.transforms import center_crop, open_rgb, to_uint8
 from util.errors import UserError
 
@@ -22,48 +21,48 @@ def test_pairs_of_any_depth_case_and_extension(tmp_path):
             Image.new("RGB", (9, 9)).save(path)
         else:
             path.write_bytes("\ufeff一行目\r\n\r\n 二行目 \n".encode())
-    data = TextImageFolder(tmp_path, img_size=8)
+    data = open_text(tmp_path, 8)
     assert len(data) == 3 and list(data.captions) == ["一行目", "二行目"] * 3
     assert data.distinct_captions() == ["一行目", "二行目"]
     assert {data.condition(1, n) for n in range(20)} == {2, 3}  # numbers of picture 1's lines
     assert [data.condition(0, n) for n in range(20)] == [data.condition(0, n) for n in range(20)]
 
 
-def test_everything_wrong_with_a_folder_is_one_error_with_counts_and_names(text_data):
+def test_everything_wrong_with_a_folder_is_one_error_with_counts_and_names(text_data, capsys):
     (text_data / "captions" / "0.txt").unlink()
     (text_data / "captions" / "1.txt").write_text(" \n\n", encoding="utf-8")
     (text_data / "images" / "2.png").unlink()
     with pytest.raises(UserError) as error:
-        TextImageFolder(text_data)
+        open_text(text_data)
     message = str(error.value)
     assert "1 pictures without a caption file (0)" in message and "1 caption files without a line of text (1)" in message
     assert "1 caption files without a picture (2)" in message and "--missing_captions skip" in message and "\n" not in message
-    data = TextImageFolder(text_data, missing="skip")
-    assert len(data) == 5 and "(0)" in data.skipped
+    data = open_text(text_data, missing="skip")
+    assert len(data) == 5 and "left out 1 pictures without a caption file (0)" in capsys.readouterr().out
 
 
 def test_folders_that_are_not_there_or_empty_or_of_the_other_kind(tmp_path, class_data, text_data):
     with pytest.raises(UserError, match="class model is meant"):
-        TextImageFolder(class_data)
+        open_text(class_data)
     with pytest.raises(UserError, match="-Text model is meant"):
-        ClassFolder(text_data, 10)
+        ClassFolder(text_data, 10, View(16))
     (tmp_path / "images").mkdir()
     (tmp_path / "captions").mkdir()
     with pytest.raises(UserError, match="no captioned pictures"):
-        TextImageFolder(tmp_path)
+        open_text(tmp_path)
     (text_data / "captions" / "0.txt").write_bytes("赤い三".encode("shift_jis"))
     with pytest.raises(UserError, match="not UTF-8.*iconv"):
-        TextImageFolder(text_data)
+        open_text(text_data)
 
 
 def test_class_folders_are_numbered_by_name_and_checked_against_class_num(class_data):
-    data = ClassFolder(class_data, 3, img_size=8)
-    assert len(data) == 12 and data.labels == (0,) * 4 + (1,) * 4 + (2,) * 4 and data.hflip
+    data = ClassFolder(class_data, 3, View(8, hflip=True))
+    assert len(data) == 12 and data.labels == (0,) * 4 + (1,) * 4 + (2,) * 4 and data.view.hflip
     with pytest.raises(UserError, match="3 class folders, but --class_num is 2"):
-        ClassFolder(class_data, 2)
+        ClassFolder(class_data, 2, View(16))
     (class_data / "train" / "n04").mkdir()
     with pytest.raises(UserError, match="n04"):
-        ClassFolder(class_data, 10)
+        ClassFolder(class_data, 10, View(16))
 
 
 def test_center_crop_halves_by_box_then_bicubic_then_cuts_the_middle():
@@ -102,21 +101,21 @@ def test_sixteen_bit_greys_keep_their_range(tmp_path):
 
 def test_a_broken_picture_is_replaced_and_named(text_data):
     (text_data / "images" / "3.png").write_bytes(b"no picture")
-    data = TextImageFolder(text_data, img_size=16)
+    data = open_text(text_data, 16)
     picture, caption, n, broken = data[3, 77]
     assert torch.equal(picture, data.picture(4)) and data.captions[caption] == CAPTIONS[4] and n == 77
     assert len(broken) == 1 and "3.png" in broken[0]
 
 
 def test_flip_is_off_for_text_and_a_function_of_the_sample_number(text_data, class_data):
-    plain, flipped = TextImageFolder(text_data, 16), TextImageFolder(text_data, 16, hflip=True)
+    plain, flipped = open_text(text_data, 16), open_text(text_data, 16, hflip=True)
     assert all(torch.equal(plain[0, n][0], plain.picture(0)) for n in range(20))
     flips = [torch.equal(flipped[0, n][0], plain.picture(0).flip(-1)) for n in range(40)]
     assert 8 < sum(flips) < 32 and flips == [torch.equal(flipped[0, n][0], plain.picture(0).flip(-1)) for n in range(40)]
 
 
 def test_batches(text_data, class_data):
-    text, classes = TextImageFolder(text_data, 16), ClassFolder(class_data, 3, 16)
+    text, classes = open_text(text_data, 16), ClassFolder(class_data, 3, View(16, hflip=True))
     pictures, lines, numbers, broken = Collate()([text[0, 5], text[1, 6]])
     assert pictures.shape == (2, 3, 16, 16) and pictures.dtype == torch.uint8
     assert [text.captions[line] for line in lines] == CAPTIONS[:2] and numbers == [5, 6] and broken == []
@@ -169,7 +168,7 @@ def test_the_demo_holds_a_tenth_of_the_pairs_out(tmp_path):
     from datasets.demo import COLOURS, HELD_OUT, digit_captions, write_digits
 
     count = write_digits(tmp_path, 16)
-    data = TextImageFolder(tmp_path, 16)
+    data = open_text(tmp_path, 16)
     assert len(data) == count and len(COLOURS) >= 6 and len(HELD_OUT) == len(COLOURS) * 10 // 10
     for pair in HELD_OUT:
         assert not set(digit_captions(*pair)) & set(data.distinct_captions())

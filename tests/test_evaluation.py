@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from conftest import CAPTIONS, ROOT, in_ranks, load_encoder, tiny_features, wake, write_text_data
+from conftest import CAPTIONS, ROOT, in_ranks, load_encoder, open_text, tiny_features, wake, write_text_data
 from PIL import Image
 from test_training import flags, run, scalars
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -19,7 +19,6 @@ import flags as command_line
 import prepare_ref
 from config import Data, DiffusionConfig, Eval, SamplerConfig
 from datasets.stream import PackedStrings
-from datasets.text_image import TextImageFolder
 from evaluation.evaluator import Evaluator, call_out_initial, digest_of, evaluate
 from evaluation.measures import Alignment, Frechet, Subjects
 from evaluation.plan import Networks, Request, plan
@@ -120,7 +119,7 @@ def test_a_whole_evaluation_equals_torch_fidelity_on_the_pictures_it_keeps(text_
     (path,) = (out / "eval").glob("*.json")
     record = json.loads(path.read_text(encoding="utf-8"))
     for i in range(8):
-        picture = TextImageFolder(text_data, 16).picture(i)
+        picture = open_text(text_data, 16).picture(i)
         (tmp_path / "real").mkdir(exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / "real" / f"{i}.png")
     folders = {"input1": str(path.with_suffix("")), "input2": str(tmp_path / "real")}
@@ -278,13 +277,13 @@ def test_the_datas_own_statistics_are_kept_and_made_anew_when_the_data_changes(t
     path = tmp_path / "stats.npz"
 
     def get(extractor=tiny_extractor, size=16, root=str(text_data)):
-        dataset = TextImageFolder(root, size, missing="skip")
+        dataset = open_text(root, size, missing="skip")
         if not is_kept(path, dataset, root, extractor):
             make_reference(dataset, root, extractor, path, num_workers=0)
         return reference.read(path)
 
     first = get()
-    pictures = torch.stack([TextImageFolder(text_data, 16).picture(i) for i in range(8)])
+    pictures = torch.stack([open_text(text_data, 16).picture(i) for i in range(8)])
     np.testing.assert_allclose(first.values["sigma"], np.cov(tiny_features(pictures)[0].double().numpy(), rowvar=False), rtol=1e-4, atol=1e-6)
     monkeypatch.chdir(tmp_path)
     for root in (str(text_data), f"{text_data}/", "data", "./data", "data/"):  # however it is spelled
@@ -306,16 +305,16 @@ def test_broken_pictures_are_left_out_of_the_statistics_but_not_many(tmp_path, t
     data = write_text_data(tmp_path / "data", 100)
     (data / "images" / "7.png").write_bytes(b"broken")
     path = tmp_path / "s.npz"
-    make_reference(TextImageFolder(data, 16), str(data), tiny_extractor, path, 0)
+    make_reference(open_text(data, 16), str(data), tiny_extractor, path, 0)
     made = reference.read(path)
     assert made.facts["n"] == 99 and made.facts["files"] == 100 and "1 broken pictures are left out" in capsys.readouterr().out
     (data / "images" / "8.png").write_bytes(b"broken")
     path.unlink()
     with pytest.raises(UserError, match="2 of 100 pictures below .* cannot be read, over 1 %"):
-        make_reference(TextImageFolder(data, 16), str(data), tiny_extractor, path, 0)
+        make_reference(open_text(data, 16), str(data), tiny_extractor, path, 0)
     assert not path.exists()
     with pytest.raises(UserError, match="cannot be written"):
-        make_reference(TextImageFolder(data, 16), str(data), tiny_extractor, data / "images" / "1.png" / "s.npz", 0)
+        make_reference(open_text(data, 16), str(data), tiny_extractor, data / "images" / "1.png" / "s.npz", 0)
 
 
 def test_two_jobs_write_one_file_of_statistics_without_harm(tmp_path, monkeypatch):
@@ -334,7 +333,7 @@ def test_two_jobs_write_one_file_of_statistics_without_harm(tmp_path, monkeypatc
 
 
 def test_where_the_datas_own_statistics_are_kept(text_data, tiny_extractor, tmp_path, monkeypatch):
-    dataset, out = TextImageFolder(text_data, 16), tmp_path / "out"
+    dataset, out = open_text(text_data, 16), tmp_path / "out"
     request = Request(Eval(), Networks(inception=tiny_extractor), None, PackedStrings(()))
 
     def found():
@@ -430,7 +429,7 @@ def test_precision_recall_and_fd_dinov2_from_local_weights(text_data, llm_folder
     (path,) = (out / "eval").glob("*.json")
     figures = json.loads(path.read_text())["figures"]
     drawn = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in sorted(path.with_suffix("").glob("*.png"))]).permute(0, 3, 1, 2)
-    real = torch.stack([TextImageFolder(text_data, 16).picture(i) for i in range(8)])
+    real = torch.stack([open_text(text_data, 16).picture(i) for i in range(8)])
 
     wanted = torch_fidelity.calculate_metrics(
         input1=Rows(drawn), input2=Rows(real[[0, 1, 3, 4, 6]]), cuda=False, prc=True, feature_extractor_weights_path=str(tmp_path / "vgg.pth"), cache=False, verbose=False,

@@ -12,13 +12,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_text_data
+from conftest import ROOT, open_text, write_text_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.stream import PackedStrings
-from datasets.text_image import TextImageFolder, read_captions
+from datasets.text_image import read_captions
 from flags import get_parser, job_of
 from util import checkpoint, reference
 from util.errors import UserError
@@ -111,7 +111,7 @@ def test_pictures(kind, name, folder):
         old.unlink()
     path = folder / "images" / name
     path.write_bytes(encoded(kind))
-    dataset = TextImageFolder(folder, 16)
+    dataset = open_text(folder, 16)
 
     @fuzz
     @given(damaged(encoded(kind)))

@@ -12,14 +12,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, child, ended, in_ranks, write_text_data
+from conftest import ROOT, child, ended, in_ranks, open_text, write_text_data
 from PIL import Image, PngImagePlugin
 from test_training import assert_same_training, flags, moved, run, weights
 
 import engine_jit
 import sampling
+from datasets.captioned import CaptionedPictures
 from datasets.stream import StreamSampler
-from datasets.text_image import TextImageFolder, read_captions
+from datasets.text_image import read_captions
 from util import checkpoint
 from util import distributed as dist
 from util.errors import UserError
@@ -105,8 +106,8 @@ def test_nothing_of_the_skipped_part_of_an_epoch_is_read_again(text_data, llm_fo
         StopAfter(patch, 3)
         run(*argv)
     read = []
-    item = TextImageFolder.__getitem__
-    monkeypatch.setattr(TextImageFolder, "__getitem__", lambda self, key: read.append(key[1]) or item(self, key))
+    item = CaptionedPictures.__getitem__
+    monkeypatch.setattr(CaptionedPictures, "__getitem__", lambda self, key: read.append(key[1]) or item(self, key))
     run(*argv)
     assert read == [6, 7]
 
@@ -621,7 +622,7 @@ def test_pictures_of_every_kind(name, tmp_path):
     data = write_text_data(tmp_path / "data", 2)
     (data / "images" / "0.png").unlink()
     (data / "images" / f"0{os.path.splitext(name)[1]}").write_bytes(content)
-    picture, index, broken = TextImageFolder(data, 16).readable(0)
+    picture, index, broken = open_text(data, 16).readable(0)
     assert picture.shape == (3, 16, 16) and picture.dtype == torch.uint8
     if corner is None:
         assert index == 1 and len(broken) == 1 and "/0." in broken[0] and "\n" not in broken[0]
@@ -659,12 +660,12 @@ def test_captions_of_every_kind(name, tmp_path, llm_folder):
         run(*flags(data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1))
     if not wanted:
         with pytest.raises(UserError, match=r"1 caption files without a line of text \(0\)"):
-            TextImageFolder(data, 16)
+            open_text(data, 16)
 
 
 def test_a_loader_process_that_dies_is_an_error_with_its_cause(text_data, llm_folder, tmp_path, capfd):
     def work():
-        TextImageFolder.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        CaptionedPictures.__getitem__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--epochs", 1, "--num_workers", 1))
 
     assert ended(child(work)) == 1

@@ -24,10 +24,10 @@ def most(size: int) -> int:
 class Broken:
     """The broken pictures that were met, a line each with file name and reason: this rank's, and after `write` all ranks'."""
 
-    def __init__(self, folder: Path, size: int, policy: str):
-        """size: of the data set; policy: --bad_images, "error" or "skip"."""
+    def __init__(self, folder: Path, size: int, policy: str, known: Sequence[str] = ()):
+        """size: of the data set; policy: --bad_images, "error" or "skip"; known: lines of before."""
         self.path, self.size, self.policy = folder / "bad_images.txt", size, policy
-        self.lines: set[str] = set()
+        self.lines: set[str] = set(known)
         self.told = 0
 
     def note(self, lines: Sequence[str]) -> None:

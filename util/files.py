@@ -34,6 +34,12 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], mark: str = "") -
     os.close(folder)
 
 
+def beside(path: str | Path, name: str) -> Path:
+    """Where what belongs to data is kept: in its folder, or next to its file."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.{name}") if path.is_file() else path / name
+
+
 def writable_folder(path: str | Path, flag: str) -> Path:
     """The folder, made if need be.  Raises: UserError where nothing can be written in it."""
     path = Path(path)

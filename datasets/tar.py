@@ -1,0 +1,212 @@
+"""Tar shards in WebDataset's naming, as img2dataset writes them: NAME.jpg with NAME.txt or NAME.json.
+
+A tar has no table of contents, so each shard is read once from end to end and its index kept, in `tar_index/` beside the shards; from then on a picture
+is one read at a known place. All ranks share the indexing.
+"""
+
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from datasets.captioned import Rows, several
+from datasets.text_image import EXTENSIONS
+from util import distributed as dist
+from util.errors import UserError
+from util.files import write_whole
+from util.logging import progress, say
+
+VERSION = 1
+TAIL = 256  # bytes at the end of a picture that, with its size, tell it from others
+END = 1024  # zero bytes that every tar ends with
+JSON_COLUMNS = ("caption", "text", "texts")  # where there is no .txt
+
+
+class Member(NamedTuple):
+    offset: int
+    size: int
+
+
+class Entry(NamedTuple):
+    """A sample of a shard that can be used."""
+
+    name: str
+    offset: int
+    size: int
+    mark: int  # checksum of the picture's end
+    captions: tuple[str, ...]
+
+
+class Index(NamedTuple):
+    """Of one shard."""
+
+    entries: list[Entry]
+    bad: list[str]  # "NAME: reason"
+
+
+def find_samples(shards: Sequence[Path], caption_column: str | None, folder: Path) -> Rows:
+    """The samples of the shards, one after another.  folder: where indices are kept.  Collective.  Raises: UserError where a shard is no tar."""
+    made = index_missing(shards, caption_column, folder)
+    found, places, seen = Rows([], []), [], set()
+    for number, shard in enumerate(shards):
+        index = made.pop(number, None) or read_index(kept_at(folder, shard), facts_of(shard, caption_column)) or make_index(shard, caption_column)
+        found.bad += [f"{shard}: {line}" for line in index.bad]
+        for entry in index.entries:
+            found.paths.append(f"{shard}/{entry.name}")
+            found.captions.append(entry.captions)
+            places.append((number, entry.offset, entry.size))
+            found.twins += (entry.size, entry.mark) in seen
+            seen.add((entry.size, entry.mark))
+    found.read = Pictures([str(shard) for shard in shards], np.array(places, dtype=np.int64).reshape(-1, 3))
+    return found
+
+
+class Pictures:
+    """pictures(i): the bytes of picture i.  places: (pictures, 3), shard, offset and size."""
+
+    def __init__(self, shards: list[str], places: np.ndarray):
+        self.shards, self.places = shards, places
+
+    def __call__(self, i: int) -> BinaryIO:
+        shard, offset, size = self.places[i].tolist()
+        value = os.pread(open_shard(self.shards[shard]).fileno(), size, offset)
+        if len(value) < size:
+            raise ValueError(f"cut short: {len(value)} of {size} bytes")
+        return io.BytesIO(value)
+
+
+@lru_cache(maxsize=256)
+def open_shard(path: str) -> BinaryIO:
+    return open(path, "rb", buffering=0)
+
+
+# The index.
+
+
+def index_missing(shards: Sequence[Path], caption_column: str | None, folder: Path) -> dict[int, Index]:
+    """Make and keep the indices that are not there, each by one rank.  Returns: this rank's by number of their shard.  Collective."""
+    wanted = [number for number, shard in enumerate(shards) if read_facts(kept_at(folder, shard)) != facts_of(shard, caption_column)]
+    wanted, made = dist.from_main(wanted), {}
+    if wanted:
+        say(f"{len(wanted)} of {len(shards)} tar files are indexed once, in {folder}")
+        mine = wanted[dist.rank() :: dist.world_size()]
+        with progress(len(mine), "index", unit="file") as bar:
+            for number in mine:
+                made[number] = make_index(shards[number], caption_column)
+                keep(kept_at(folder, shards[number]), made[number], facts_of(shards[number], caption_column))
+                bar.update()
+    dist.barrier()
+    return made
+
+
+def facts_of(shard: Path, caption_column: str | None) -> list:
+    """What an index belongs to: the shard as it is now, and how captions are read."""
+    status = shard.stat()
+    return [VERSION, status.st_size, status.st_mtime_ns, caption_column]
+
+
+def kept_at(folder: Path, shard: Path) -> Path:
+    return folder / f"{shard.name}-{zlib.crc32(str(shard.parent).encode('utf-8', 'surrogateescape')):08x}.json"
+
+
+def read_facts(path: Path) -> list | None:
+    """The first line of an index: what it belongs to."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+
+
+def read_index(path: Path, facts: list) -> Index | None:
+    """None where it is not there or damaged, or belongs to another state of the shard."""
+    if read_facts(path) != facts:
+        return None
+    try:
+        _, (count, bad), *entries = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    except ValueError:
+        return None
+    return Index([Entry(*entry[:-1], tuple(entry[-1])) for entry in entries], bad) if len(entries) == count else None
+
+
+def keep(path: Path, index: Index, facts: list) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(line) + "\n" for line in (facts, (len(index.entries), index.bad), *index.entries))
+        write_whole(path, lambda file: file.write(text.encode()), mark=f".{os.uname().nodename}.{os.getpid()}")
+    except OSError as error:
+        say(f"warning: {path} cannot be written ({error.strerror}); the index is made anew at every start")
+
+
+def make_index(shard: Path, caption_column: str | None) -> Index:
+    """Raises: UserError where it is no tar without compression."""
+    entries, bad = [], []
+    try:
+        with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
+            for key, members in samples(tar, bad):
+                try:
+                    entries.append(entry_of(key, members, file, caption_column))
+                except ValueError as error:
+                    bad.append(f"{key}: {error}")
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"--data_path {shard} cannot be read as a tar without compression: {error}") from error
+    return Index(entries, bad)
+
+
+def samples(tar: tarfile.TarFile, bad: list[str]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Files in a row whose names are the same up to the first dot: that name, and what follows it -> member."""
+    key, members = None, {}
+    try:
+        for info in tar:
+            if not info.isfile():
+                continue
+            folder, base = os.path.split(info.name)
+            stem, _, extension = base.partition(".")
+            if (name := os.path.join(folder, stem)) != key:
+                if members:
+                    yield key, members
+                key, members = name, {}
+            members[extension.lower()] = Member(info.offset_data, info.size)
+        if any(read_at(tar.fileobj, Member(max(0, tar.fileobj.seek(0, os.SEEK_END) - END), END))):
+            bad.append(f"after {key}: it has no end, and may be cut short")
+    except tarfile.ReadError as error:
+        bad.append(f"after {key}: {error}")
+    if members:
+        yield key, members
+
+
+def entry_of(key: str, members: dict[str, Member], file: BinaryIO, caption_column: str | None) -> Entry:
+    """Raises: ValueError where picture or caption is not there."""
+    pictures = [name for name in members if f".{name}" in EXTENSIONS]
+    if not pictures:
+        raise ValueError("no picture")
+    picture = members[pictures[0]]
+    captions = several(caption_of(members, file, caption_column))
+    tail = read_at(file, Member(picture.offset + max(0, picture.size - TAIL), min(TAIL, picture.size)))
+    return Entry(f"{key}.{pictures[0]}", *picture, zlib.crc32(tail), captions)
+
+
+def caption_of(members: dict[str, Member], file: BinaryIO, caption_column: str | None) -> Any:
+    """Of the .txt, or of the .json, which a --caption_column asks for."""
+    if "txt" in members and not caption_column:
+        return read_at(file, members["txt"]).decode("utf-8-sig")
+    if "json" not in members:
+        raise ValueError(f"no .json for --caption_column {caption_column}" if caption_column else "no .txt or .json")
+    row = json.loads(read_at(file, members["json"]).decode("utf-8-sig"))
+    names = [caption_column] if caption_column else JSON_COLUMNS
+    for name in names:
+        if name in row:
+            return row[name]
+    raise ValueError(f"no {' or '.join(names)} in its .json; there are {', '.join(row)}")
+
+
+def read_at(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)

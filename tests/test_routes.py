@@ -1,0 +1,299 @@
+"""Data as people have it: the same pictures through every route, what is recognised as what, and rows that cannot be used."""
+
+import csv
+import io
+import json
+import os
+import re
+import tarfile
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import open_text
+from PIL import Image
+
+import datasets.tar
+from datasets.stream import PictureDataset, View
+from datasets.transforms import center_crop, random_crop
+from flags import parse
+from main_jit import run as run_job
+from util.errors import UserError
+
+COUNT = 200
+ROUTES = (
+    "folder",
+    "metadata.jsonl",
+    "metadata.csv",
+    "metadata.parquet",
+    "table.jsonl",
+    "list.json",
+    "coco.json",
+    "parquet",
+    "bytes.parquet",
+    "tar",
+    "tar with json",
+)
+
+
+def captions_of(i: int) -> list[str]:
+    """Of one picture: one, and of every third two."""
+    return [f"{i}番目の赤い丸、「青」と", f"{i}番の絵"][: 1 + (i % 3 == 0)]
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[bytes]:
+    """PNG files."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(COUNT):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).save(file, "PNG")
+        found.append(file.getvalue())
+    return found
+
+
+def write_files(folder: Path, pictures: list[bytes]) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{i:03d}.png" for i in range(len(pictures))]
+    for name, picture in zip(names, pictures):
+        (folder / name).write_bytes(picture)
+    return names
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_route(route: str, root: Path, pictures: list[bytes]) -> tuple[Path, dict]:
+    """The pictures as that route has them.  Returns: --data_path, and other settings of the data."""
+    root.mkdir(parents=True, exist_ok=True)
+    numbers = range(len(pictures))
+    if route == "folder":
+        write_files(root / "images", pictures)
+        (root / "captions").mkdir()
+        for i in numbers:
+            (root / "captions" / f"{i:03d}.txt").write_text("\n".join(captions_of(i)), encoding="utf-8")
+        return root, {}
+    if route == "parquet":
+        for part in range(2):
+            half = [i for i in numbers if i * 2 // len(pictures) == part]
+            rows = {"image": [{"bytes": pictures[i], "path": f"{i:03d}.png"} for i in half], "text": [captions_of(i) for i in half]}
+            pyarrow.parquet.write_table(pyarrow.table(rows), root / f"train-{part}-of-2.parquet", row_group_size=30)
+        return root, {}
+    if route == "bytes.parquet":
+        rows = {"jpg": pictures, "caption": [captions_of(i) for i in numbers]}
+        pyarrow.parquet.write_table(pyarrow.table(rows), root / "one.parquet")
+        return root / "one.parquet", {"image_column": "jpg", "caption_column": "caption"}
+    if route.startswith("tar"):
+        for part in range(3):
+            members = {}
+            for i in range(part * len(pictures) // 3, (part + 1) * len(pictures) // 3):
+                members[f"{i:09d}.png"] = pictures[i]
+                members[f"{i:09d}.json"] = json.dumps({"caption": captions_of(i), "url": "x"}).encode()
+                members |= {} if route != "tar" or len(captions_of(i)) > 1 else {f"{i:09d}.txt": captions_of(i)[0].encode()}
+            write_tar(root / f"{part:05d}.tar", members)
+        return root, {}
+    inside = route.startswith("metadata")
+    names = write_files(root if inside else root / "pictures", pictures)
+    rows = [{"file_name" if inside else "image": name, "texts" if inside else "text": captions_of(i)} for i, name in enumerate(names)]
+    more = {} if inside else {"image_root": str(root / "pictures")}
+    if route == "metadata.csv":
+        with open(root / route, "w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, ["file_name", "text"])
+            writer.writeheader()
+            writer.writerows({"file_name": name, "text": captions_of(i)[0]} for i, name in enumerate(names))
+        return root, {}
+    if route == "metadata.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / route)
+        return root, {}
+    if route == "list.json":
+        (root / route).write_text(json.dumps(rows), encoding="utf-8")
+    elif route == "coco.json":
+        annotations = [{"id": 1000 + i, "image_id": i, "caption": line} for i in reversed(numbers) for line in captions_of(i)[::-1]][::-1]
+        content = {"info": {}, "images": [{"id": i, "file_name": name, "width": 11} for i, name in enumerate(names)], "annotations": annotations}
+        (root / route).write_text(json.dumps(content), encoding="utf-8")
+    else:
+        write_jsonl(root / route, rows)
+    return (root, {}) if inside else (root / route, more)
+
+
+@pytest.mark.parametrize("route", ROUTES[1:])
+def test_every_route_gives_the_same_samples(route, pictures, tmp_path, capsys):
+    wanted = open_text(write_route("folder", tmp_path / "folder", pictures)[0], 8)
+    path, more = write_route(route, tmp_path / "route", pictures)
+    data = open_text(path, 8, **more)
+    assert f"{COUNT} pictures" in capsys.readouterr().out.splitlines()[-1] and len(data) == COUNT
+    for n in range(40):
+        index = 7 * n % COUNT
+        (one, line, *_), (other, other_line, *_) = wanted[index, n], data[index, n]
+        assert torch.equal(one, other)
+        if route != "metadata.csv":  # which has no lists
+            assert line == other_line and wanted.captions[line] == data.captions[other_line]
+    if route != "metadata.csv":
+        assert list(data.captions) == list(wanted.captions)
+
+
+@pytest.mark.slow
+def test_the_same_pictures_through_every_route_train_bit_identically(pictures, tmp_path, llm_folder):
+    digests = {}
+    for route in ("folder", "metadata.jsonl", "coco.json", "parquet", "tar"):
+        path, more = write_route(route, tmp_path / route, pictures)
+        flags = [word for name, value in more.items() for word in (f"--{name}", value)]
+        run_job(parse(["--model", "JiT-Nano/8-Tokens", "--img_size", "16", "--data_path", str(path), "--output_dir", str(tmp_path / f"out-{route}"),
+                       "--llm_model_name", str(llm_folder()), "--batch_size", "40", "--epochs", "1", "--num_workers", "0", "--max_text_len", "8", "--device", "cpu", *flags]))  # fmt: skip
+        state = torch.load(tmp_path / f"out-{route}" / "checkpoint-last.pth", weights_only=True)["model"]
+        digests[route] = {name: value.numpy().tobytes() for name, value in state.items()}
+    assert all(digests[route] == digests["folder"] for route in digests)
+
+
+def test_what_may_be_several_things_is_an_error_that_names_the_flag(pictures, tmp_path):
+    path, _ = write_route("folder", tmp_path, pictures[:3])
+    write_jsonl(path / "metadata.jsonl", [{"file_name": "images/001.png", "text": "別の"}])
+    with pytest.raises(UserError, match="may be folder or table; say which by --data_format"):
+        open_text(path)
+    assert len(open_text(path, format="folder")) == 3 and list(open_text(path, format="table").captions) == ["別の"]
+    (path / "metadata.csv").write_text("file_name,text\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"holds metadata.csv and metadata.jsonl; give one of them as --data_path"):
+        open_text(path, format="table")
+
+
+def test_what_img2dataset_writes_beside_its_shards_is_no_data(pictures, tmp_path):
+    path, _ = write_route("tar with json", tmp_path, pictures[:6])
+    pyarrow.parquet.write_table(pyarrow.table({"url": ["x"], "caption": ["y"]}), path / "00000.parquet")
+    (path / "00000_stats.json").write_text("{}", encoding="utf-8")
+    assert len(open_text(path)) == 6
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.jsonl", '{"pic": "000.png", "text": "x"}\n', "no column image or file_name; there are pic, text. Name it by --image_column"),
+    ("a.csv", "image,caption\n000.png,x\n", "no column text or texts; there are image, caption. Name it by --caption_column"),
+    ("a.json", '{"images": []}', "wanted a list of rows, or COCO's images and annotations; it holds images"),
+    ("a.json", "[", "cannot be read"),
+    ("a.jsonl", "", "there are none"),
+    ("a.xml", "", "wanted a folder, or a file that ends in .jsonl .csv .json .parquet .tar"),
+    ("a.tar", "no tar", "cannot be read as a tar without compression"),
+    ("none/b.jsonl", None, "is not there"),
+])  # fmt: skip
+def test_a_file_that_is_no_data_is_one_line(name, content, words, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        open_text(tmp_path / name)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    if name == "a.csv":
+        assert "--caption_column nothing" not in str(error.value)
+        with pytest.raises(UserError, match="no column nothing; there are image, caption"):
+            open_text(tmp_path / name, caption_column="nothing")
+
+
+def test_a_shift_jis_table_and_a_parquet_file_of_names_and_a_missing_column(pictures, tmp_path):
+    (tmp_path / "a.csv").write_bytes("image,text\n000.png,赤い\n".encode("shift_jis"))
+    with pytest.raises(UserError, match="not UTF-8.*iconv"):
+        open_text(tmp_path / "a.csv")
+    pyarrow.parquet.write_table(pyarrow.table({"image": pictures[:2], "label": [1, 2]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="no column text or texts; there are image, label"):
+        open_text(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="column label holds int64, wanted pictures as bytes"):
+        open_text(tmp_path / "b.parquet", format="parquet", image_column="label", caption_column="label")
+
+
+def test_bad_rows_are_counted_and_named_and_over_a_hundredth_an_error(pictures, tmp_path, capsys):
+    names = write_files(tmp_path, pictures)
+    good = [{"image": names[i % COUNT], "text": f"{i}"} for i in range(700)]
+    bad = [
+        "no row",
+        {"image": "none.png", "text": "x"},
+        {"image": names[0], "text": ""},
+        {"image": names[0]},
+        {"image": 3, "text": "x"},
+        {"image": names[0], "text": [5]},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", [*good[:5], *bad, *good[5:]])
+    data = open_text(path)
+    assert len(data) == 700 and len(data.bad) == 6
+    reasons = ("no row", "no file .*none.png", "no caption", "NoneType", "no picture is named", "a caption is int, wanted text")
+    for line, row, reason in zip(data.bad, range(6, 12), reasons):
+        assert re.search(rf"a\.jsonl, row {row}: .*{reason}", line), line
+    said = capsys.readouterr().out
+    assert "6 of 706 rows cannot be used and are left out; the first is" in said and "500 pictures are the same file as another" in said
+    with pytest.raises(UserError, match=r"6 of 706 rows cannot be used \(--bad_images error\)"):
+        open_text(path, broken="error")
+    write_jsonl(path, [*good[:500], *bad])
+    with pytest.raises(UserError, match=r"6 of 506 rows cannot be used \(over 1 %\); the first is .*row 501"):
+        open_text(path)
+
+
+def test_bad_samples_of_tar_shards(pictures, tmp_path):
+    members = {f"{i:03d}.{kind}": content for i in range(COUNT) for kind, content in (("png", pictures[i]), ("txt", b"x"))}
+    write_tar(tmp_path / "0.tar", members | {"a.png": pictures[0], "b.txt": b"y", "d/c.seg.png": pictures[1], "d/c.txt": b"\n"})
+    with pytest.raises(UserError, match=r"3 of 203 rows cannot be used \(over 1 %\); the first is .*0.tar: a: no .txt or .json"):
+        open_text(tmp_path)
+    write_tar(tmp_path / "1.tar", {f"e{name}": content for name, content in members.items()})
+    data = open_text(tmp_path)
+    assert len(data) == 2 * COUNT and [line.rpartition("tar: ")[2] for line in data.bad] == ["a: no .txt or .json", "b: no picture", "d/c: no picture"]
+    assert data.paths[0].endswith("0.tar/000.png") and data.paths[COUNT].endswith("1.tar/e000.png")
+
+
+def test_an_index_is_made_once_and_anew_where_its_shard_has_changed(pictures, tmp_path, monkeypatch, capsys):
+    path, _ = write_route("tar", tmp_path, pictures[:9])
+    before = list(open_text(path).captions)
+    made = []
+    make = datasets.tar.make_index
+    monkeypatch.setattr(datasets.tar, "make_index", lambda shard, column: made.append(shard.name) or make(shard, column))
+    assert list(open_text(path).captions) == before and not made and sorted(one.suffix for one in (path / "tar_index").iterdir()) == [".json"] * 3
+    write_tar(path / "00001.tar", {"x.png": pictures[0], "x.txt": "別の".encode()})
+    assert len(open_text(path)) == 7 and made == ["00001.tar"]
+    assert "1 pictures are the same file as another" in capsys.readouterr().out.splitlines()[-1]
+    index = next(one for one in (path / "tar_index").iterdir() if one.name.startswith("00000"))
+    index.write_text(index.read_text(encoding="utf-8")[:40], encoding="utf-8")
+    assert len(open_text(path)) == 7 and made == ["00001.tar", "00000.tar"]
+
+
+def test_a_shard_that_is_cut_short_gives_what_it_holds(pictures, tmp_path):
+    path, _ = write_route("tar with json", tmp_path, pictures)
+    shard, size = path / "00002.tar", os.path.getsize(path / "00002.tar")
+    for cut in (size // 2048 * 1024, size // 2048 * 1024 - 400):  # between blocks, and within one
+        os.truncate(shard, cut)
+        data = open_text(path)
+        assert COUNT // 2 < len(data) < COUNT and len(data.bad) == 1 and re.search("it has no end|unexpected end of data", data.bad[0])
+        assert data.readable(len(data) - 1)[1:] == (len(data) - 1, [])
+
+
+def test_files_are_found_by_nfc_names_in_folders_and_under_a_root(pictures, tmp_path):
+    (tmp_path / "写真" / "犬").mkdir(parents=True)
+    (tmp_path / "写真" / "犬" / unicodedata.normalize("NFD", "がく.png")).write_bytes(pictures[0])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"image": "写真/犬/がく.png", "text": "x"}, {"image": str(tmp_path / "写真/犬/がく.png"), "text": "y"}])
+    data = open_text(path)
+    assert len(data) == 2 and torch.equal(data.picture(0), data.picture(1))
+    assert len(open_text(write_jsonl(tmp_path / "b.jsonl", [{"image": "犬/がく.png", "text": "x"}]), image_root=str(tmp_path / "写真"))) == 1
+
+
+def test_a_random_crop_is_a_function_of_the_sample_and_of_adms_sizes(tmp_path):
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    data = PictureDataset([str(tmp_path / "a.png")], View(16, crop="random"))
+    data.condition = lambda index, n: 0
+    shown = [data[0, n].picture for n in range(30)]
+    assert all(torch.equal(one, data[0, n].picture) for n, one in enumerate(shown)) and len({one.numpy().tobytes() for one in shown}) > 20
+    middle = PictureDataset([str(tmp_path / "a.png")], View(16)).picture(0)
+    assert torch.equal(data.picture(0), middle)  # what statistics are of
+    assert np.array_equal(random_crop(image, 40, (0, 0, 0)), np.asarray(image)[:, :40]) and random_crop(image, 40, (0.999, 0.999, 0.999)).size == (40, 40)
+    square = image.crop((0, 0, 40, 40))
+    assert np.array_equal(random_crop(square, 40, (0, 0.9, 0.9)), center_crop(square, 40))
+    largest = square.resize((50, 50), Image.Resampling.BICUBIC)  # 40 / 0.8
+    assert np.array_equal(random_crop(square, 40, (0.999, 0, 0)), np.asarray(largest)[:40, :40])
