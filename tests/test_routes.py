@@ -1,11 +1,8 @@
 """Data as people have it: the same pictures through every route, what is recognised as what, and rows that cannot be used."""
 
-import csv
 import io
-import json
 import os
 import re
-import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from conftest import open_text
 from PIL import Image
 
 import datasets.tar
+from benchmarks.data_routes import ROUTES, write_files, write_jsonl, write_route, write_tar
 from datasets.stream import PictureDataset, View
 from datasets.transforms import center_crop, random_crop
 from flags import parse
@@ -25,19 +23,6 @@ from main_jit import run as run_job
 from util.errors import UserError
 
 COUNT = 200
-ROUTES = (
-    "folder",
-    "metadata.jsonl",
-    "metadata.csv",
-    "metadata.parquet",
-    "table.jsonl",
-    "list.json",
-    "coco.json",
-    "parquet",
-    "bytes.parquet",
-    "tar",
-    "tar with json",
-)
 
 
 def captions_of(i: int) -> list[str]:
@@ -56,85 +41,19 @@ def pictures() -> list[bytes]:
     return found
 
 
-def write_files(folder: Path, pictures: list[bytes]) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{i:03d}.png" for i in range(len(pictures))]
-    for name, picture in zip(names, pictures):
-        (folder / name).write_bytes(picture)
-    return names
+def write(route: str, root: Path, pictures: list[bytes]) -> tuple[Path, dict]:
+    if route != "bytes.parquet":
+        return write_route(route, root, pictures, captions_of)
+    root.mkdir()
+    rows = {"jpg": pictures, "caption": [captions_of(i) for i in range(len(pictures))]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), root / "one.parquet")
+    return root / "one.parquet", {"image_column": "jpg", "caption_column": "caption"}
 
 
-def write_jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def write_route(route: str, root: Path, pictures: list[bytes]) -> tuple[Path, dict]:
-    """The pictures as that route has them.  Returns: --data_path, and other settings of the data."""
-    root.mkdir(parents=True, exist_ok=True)
-    numbers = range(len(pictures))
-    if route == "folder":
-        write_files(root / "images", pictures)
-        (root / "captions").mkdir()
-        for i in numbers:
-            (root / "captions" / f"{i:03d}.txt").write_text("\n".join(captions_of(i)), encoding="utf-8")
-        return root, {}
-    if route == "parquet":
-        for part in range(2):
-            half = [i for i in numbers if i * 2 // len(pictures) == part]
-            rows = {"image": [{"bytes": pictures[i], "path": f"{i:03d}.png"} for i in half], "text": [captions_of(i) for i in half]}
-            pyarrow.parquet.write_table(pyarrow.table(rows), root / f"train-{part}-of-2.parquet", row_group_size=30)
-        return root, {}
-    if route == "bytes.parquet":
-        rows = {"jpg": pictures, "caption": [captions_of(i) for i in numbers]}
-        pyarrow.parquet.write_table(pyarrow.table(rows), root / "one.parquet")
-        return root / "one.parquet", {"image_column": "jpg", "caption_column": "caption"}
-    if route.startswith("tar"):
-        for part in range(3):
-            members = {}
-            for i in range(part * len(pictures) // 3, (part + 1) * len(pictures) // 3):
-                members[f"{i:09d}.png"] = pictures[i]
-                members[f"{i:09d}.json"] = json.dumps({"caption": captions_of(i), "url": "x"}).encode()
-                members |= {} if route != "tar" or len(captions_of(i)) > 1 else {f"{i:09d}.txt": captions_of(i)[0].encode()}
-            write_tar(root / f"{part:05d}.tar", members)
-        return root, {}
-    inside = route.startswith("metadata")
-    names = write_files(root if inside else root / "pictures", pictures)
-    rows = [{"file_name" if inside else "image": name, "texts" if inside else "text": captions_of(i)} for i, name in enumerate(names)]
-    more = {} if inside else {"image_root": str(root / "pictures")}
-    if route == "metadata.csv":
-        with open(root / route, "w", encoding="utf-8-sig", newline="") as file:
-            writer = csv.DictWriter(file, ["file_name", "text"])
-            writer.writeheader()
-            writer.writerows({"file_name": name, "text": captions_of(i)[0]} for i, name in enumerate(names))
-        return root, {}
-    if route == "metadata.parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / route)
-        return root, {}
-    if route == "list.json":
-        (root / route).write_text(json.dumps(rows), encoding="utf-8")
-    elif route == "coco.json":
-        annotations = [{"id": 1000 + i, "image_id": i, "caption": line} for i in reversed(numbers) for line in captions_of(i)[::-1]][::-1]
-        content = {"info": {}, "images": [{"id": i, "file_name": name, "width": 11} for i, name in enumerate(names)], "annotations": annotations}
-        (root / route).write_text(json.dumps(content), encoding="utf-8")
-    else:
-        write_jsonl(root / route, rows)
-    return (root, {}) if inside else (root / route, more)
-
-
-@pytest.mark.parametrize("route", ROUTES[1:])
+@pytest.mark.parametrize("route", [*ROUTES[1:], "bytes.parquet"])
 def test_every_route_gives_the_same_samples(route, pictures, tmp_path, capsys):
-    wanted = open_text(write_route("folder", tmp_path / "folder", pictures)[0], 8)
-    path, more = write_route(route, tmp_path / "route", pictures)
+    wanted = open_text(write("folder", tmp_path / "folder", pictures)[0], 8)
+    path, more = write(route, tmp_path / "route", pictures)
     data = open_text(path, 8, **more)
     assert f"{COUNT} pictures" in capsys.readouterr().out.splitlines()[-1] and len(data) == COUNT
     for n in range(40):
@@ -151,7 +70,7 @@ def test_every_route_gives_the_same_samples(route, pictures, tmp_path, capsys):
 def test_the_same_pictures_through_every_route_train_bit_identically(pictures, tmp_path, llm_folder):
     digests = {}
     for route in ("folder", "metadata.jsonl", "coco.json", "parquet", "tar"):
-        path, more = write_route(route, tmp_path / route, pictures)
+        path, more = write(route, tmp_path / route, pictures)
         flags = [word for name, value in more.items() for word in (f"--{name}", value)]
         run_job(parse(["--model", "JiT-Nano/8-Tokens", "--img_size", "16", "--data_path", str(path), "--output_dir", str(tmp_path / f"out-{route}"),
                        "--llm_model_name", str(llm_folder()), "--batch_size", "40", "--epochs", "1", "--num_workers", "0", "--max_text_len", "8", "--device", "cpu", *flags]))  # fmt: skip
@@ -161,8 +80,8 @@ def test_the_same_pictures_through_every_route_train_bit_identically(pictures, t
 
 
 def test_what_may_be_several_things_is_an_error_that_names_the_flag(pictures, tmp_path):
-    path, _ = write_route("folder", tmp_path, pictures[:3])
-    write_jsonl(path / "metadata.jsonl", [{"file_name": "images/001.png", "text": "別の"}])
+    path, _ = write("folder", tmp_path, pictures[:3])
+    write_jsonl(path / "metadata.jsonl", [{"file_name": "images/0000001.png", "text": "別の"}])
     with pytest.raises(UserError, match="may be folder or table; say which by --data_format"):
         open_text(path)
     assert len(open_text(path, format="folder")) == 3 and list(open_text(path, format="table").captions) == ["別の"]
@@ -172,7 +91,7 @@ def test_what_may_be_several_things_is_an_error_that_names_the_flag(pictures, tm
 
 
 def test_what_img2dataset_writes_beside_its_shards_is_no_data(pictures, tmp_path):
-    path, _ = write_route("tar with json", tmp_path, pictures[:6])
+    path, _ = write("tar", tmp_path, pictures[:6])
     pyarrow.parquet.write_table(pyarrow.table({"url": ["x"], "caption": ["y"]}), path / "00000.parquet")
     (path / "00000_stats.json").write_text("{}", encoding="utf-8")
     assert len(open_text(path)) == 6
@@ -212,7 +131,7 @@ def test_a_shift_jis_table_and_a_parquet_file_of_names_and_a_missing_column(pict
 
 
 def test_bad_rows_are_counted_and_named_and_over_a_hundredth_an_error(pictures, tmp_path, capsys):
-    names = write_files(tmp_path, pictures)
+    names = write_files(tmp_path, pictures, ".png")
     good = [{"image": names[i % COUNT], "text": f"{i}"} for i in range(700)]
     bad = [
         "no row",
@@ -239,23 +158,23 @@ def test_bad_rows_are_counted_and_named_and_over_a_hundredth_an_error(pictures, 
 
 def test_bad_samples_of_tar_shards(pictures, tmp_path):
     members = {f"{i:03d}.{kind}": content for i in range(COUNT) for kind, content in (("png", pictures[i]), ("txt", b"x"))}
-    write_tar(tmp_path / "0.tar", members | {"a.png": pictures[0], "b.txt": b"y", "d/c.seg.png": pictures[1], "d/c.txt": b"\n"})
+    write_tar(tmp_path / "0.tar", [*members.items(), ("a.png", pictures[0]), ("b.txt", b"y"), ("d/c.seg.png", pictures[1]), ("d/c.txt", b"\n")])
     with pytest.raises(UserError, match=r"3 of 203 rows cannot be used \(over 1 %\); the first is .*0.tar: a: no .txt or .json"):
         open_text(tmp_path)
-    write_tar(tmp_path / "1.tar", {f"e{name}": content for name, content in members.items()})
+    write_tar(tmp_path / "1.tar", ((f"e{name}", content) for name, content in members.items()))
     data = open_text(tmp_path)
     assert len(data) == 2 * COUNT and [line.rpartition("tar: ")[2] for line in data.bad] == ["a: no .txt or .json", "b: no picture", "d/c: no picture"]
     assert data.paths[0].endswith("0.tar/000.png") and data.paths[COUNT].endswith("1.tar/e000.png")
 
 
 def test_an_index_is_made_once_and_anew_where_its_shard_has_changed(pictures, tmp_path, monkeypatch, capsys):
-    path, _ = write_route("tar", tmp_path, pictures[:9])
+    path, _ = write("tar", tmp_path, pictures[:9])
     before = list(open_text(path).captions)
     made = []
     make = datasets.tar.make_index
     monkeypatch.setattr(datasets.tar, "make_index", lambda shard, column: made.append(shard.name) or make(shard, column))
     assert list(open_text(path).captions) == before and not made and sorted(one.suffix for one in (path / "tar_index").iterdir()) == [".json"] * 3
-    write_tar(path / "00001.tar", {"x.png": pictures[0], "x.txt": "別の".encode()})
+    write_tar(path / "00001.tar", [("x.png", pictures[0]), ("x.txt", "別の".encode())])
     assert len(open_text(path)) == 7 and made == ["00001.tar"]
     assert "1 pictures are the same file as another" in capsys.readouterr().out.splitlines()[-1]
     index = next(one for one in (path / "tar_index").iterdir() if one.name.startswith("00000"))
@@ -264,7 +183,7 @@ def test_an_index_is_made_once_and_anew_where_its_shard_has_changed(pictures, tm
 
 
 def test_a_shard_that_is_cut_short_gives_what_it_holds(pictures, tmp_path):
-    path, _ = write_route("tar with json", tmp_path, pictures)
+    path, _ = write("tar", tmp_path, pictures)
     shard, size = path / "00002.tar", os.path.getsize(path / "00002.tar")
     for cut in (size // 2048 * 1024, size // 2048 * 1024 - 400):  # between blocks, and within one
         os.truncate(shard, cut)
