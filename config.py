@@ -629,6 +629,29 @@ class ReferenceJob:
     device: str
 
 
+@dataclass(frozen=True)
+class ExportJob(Config):
+    """export.py."""
+
+    resume: str = flag(
+        "", "resume", "checkpoint file, or folder with checkpoint-last.pth", "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ"
+    )
+    out: str = flag("", "out", "a new folder", "新しいフォルダ")
+    weights: str = flag("1", "eval_ema", "weights that go out", "書き出す重み", choices=("1", "2", "raw"))
+    dtype: str = flag("fp32", "dtype", "of the weights", "重みの型", choices=("fp32", "bf16"))
+    diffusers: bool = flag(False, "diffusers", "a folder that diffusers' DiffusionPipeline opens", "diffusers の DiffusionPipeline で開けるフォルダにします")
+    with_text_encoder: bool = flag(False, "with_text_encoder", "copy the language model into it", "言語モデルを中にコピーします")
+    llm: str | None = flag(
+        None, "llm_model_name", "where the language model's folder is now", "言語モデルのフォルダの現在の場所", shown="as the checkpoint says"
+    )
+    licence: str = flag("other", "license", "the model card's license", "モデルカードのライセンス")
+    push: str | None = flag(None, "push", "repository on the hub to upload it to", "アップロード先の Hub のリポジトリ")
+
+    def check(self) -> None:
+        require(self.resume != "", "--resume FOLDER_OR_FILE: which checkpoint?")
+        require(self.out != "", "--out FOLDER: where to?")
+
+
 LONG_TEXT = 256  # --max_text_len of MMJiT, as released
 TEXT_FLAGS = ("llm_model_name", "max_text_len", "llm_layer", "llm_dtype", "text_norm", "text_cache", "text_cache_dir", "held_out", "missing_captions")
 TEXT_FLAGS += ("eval_captions", "clip_model", "trust_remote_code", "data_format", "image_column", "caption_column", "image_root")

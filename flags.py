@@ -25,6 +25,7 @@ from config import (
     Drawing,
     Eval,
     EvaluateJob,
+    ExportJob,
     Flag,
     GenerateJob,
     Job,
@@ -383,6 +384,15 @@ def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:
     require(Path(given["out"]).suffix == ".npz", f"--out {given['out']}: wanted a file name that ends in .npz")
     size, weights = given.get("img_size", Model.img_size), build(Eval, given).inception_weights
     return ReferenceJob(build(Data, given), size, weights, given["out"], build(Run, given).device)
+
+
+def parse_export(argv: Sequence[str] | None = None) -> ExportJob:
+    """export.py."""
+    parser = Parser("A trained model as others take it: safetensors, a model card, a folder for diffusers.")
+    for known, default, kind in flags_in(ExportJob):
+        parser.add(parser, known, default, kind)
+    given = parser.read(argv)
+    return build(ExportJob, given)
 
 
 # --- docs/flags.md

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+import exported
 import released
 from config import (
     SEVERAL,
@@ -118,10 +119,13 @@ def content(state: TrainState, progress: Progress, world: World, job: TrainJob, 
 
 
 def read(path: Path, start_epoch: int | None = None, flag: str = "--resume") -> Saved:
-    """A checkpoint of ours, of any version, or a published one: JiT's, or MiniT2I's folder.  Raises: UserError for what is none of them."""
+    """A checkpoint of ours, of any version, an exported folder, or a published one: JiT's, or MiniT2I's folder.  Raises: UserError for what is none of them."""
     if released.is_released(path):
         weights, job, text = released.read(path, flag)
         return Saved(path, weights, [weights, weights], {}, Progress(epoch=0), None, job, text)
+    if exported.is_exported(path):
+        weights, job, text, step = exported.read(path, flag)
+        return Saved(path, weights, [weights, weights], {}, Progress(epoch=0, step=step), None, job, text)
     state = checkpoint.load(path, flag)
     try:
         progress, world = progress_of(state), from_plain(World, state["world"]) if "world" in state else None
@@ -195,8 +199,8 @@ def find(job: Job) -> Saved | None:
     """The checkpoint that the run begins from, if any; nothing is changed by looking."""
     if isinstance(job, TrainJob):
         path, start_epoch = beginning(job)
-        if path and released.is_released(path):
-            raise UserError(f"--resume {path} is a release to draw with and holds no run to go on with; begin one with its weights by --init_from {path}")
+        if path and path.is_dir():
+            raise UserError(f"--resume {path} is a model to draw with and holds no run to go on with; begin one with its weights by --init_from {path}")
         return read(path, start_epoch) if path else None
     path = checkpoint.find(job.run.resume, job.run.output_dir)
     if path is None:
@@ -335,7 +339,7 @@ def check_data(saved: Saved, world: World, data_path: str) -> None:
 # --- what a run that draws takes from its checkpoint
 
 INHERITED = (  # fields and whole sections that are the checkpoint's where their flags are not given; nothing that runs code, no processes, no device
-    "model", "diffusion", "averages", "data.path", "data.missing", "text.encoder.llm", "text.encoder.max_text_len", "text.encoder.layer",
+    "model", "diffusion", "averages", "data.path", "data.format", "data.image_column", "data.caption_column", "data.image_root", "data.missing", "text.encoder.llm", "text.encoder.max_text_len", "text.encoder.layer",
     "text.encoder.pooling", "text.norm", "text.cache", "text.folder", "drawing.weights", "drawing.sampler", "run.seed", "run.precision",
 )  # fmt: skip
 

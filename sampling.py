@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import models_jit
 import models_mmjit
 import resume
-from conditioning import LabelConditions, expand_null, norm_of, packed
+from conditioning import LabelConditions, expand_null, norm_of
 from config import Averages, Data, DiffusionConfig, Drawing, DrawJob, GenerateJob, Model, Run, SamplerConfig, TextConfig, TextSource, TrainJob
 from datasets.transforms import to_image, to_levels
 from denoiser import Net, sample
 from resume import Weights
-from text_features import PinnedModel
+from text_features import PinnedModel, conditions_of_prompts
 from util import distributed as dist
 from util.ema import averages_of
 from util.errors import UserError
@@ -30,7 +30,7 @@ from util.logging import progress
 from util.parallel import in_precision, uses_bf16
 from util.randomness import derive, normal
 from util.sheet import captioned_sheet, save_sheet
-from util.text import PackedText, Text, Y
+from util.text import PackedText, Y
 
 
 @dataclass(frozen=True)
@@ -165,34 +165,19 @@ class LoadedPainter:
     def encoder(self):
         return PinnedModel(self.job.text.encoder, self.text, {}, self.device).load()
 
-    def condition(self, prompts: Sequence[str] | Sequence[int]) -> Tensor | PackedText:
-        """y of prompts, as a text store would hold it: through float16."""
+    def condition(self, prompts: Sequence[str] | Sequence[int]) -> tuple[Tensor | PackedText, Y]:
+        """y of prompts, as --generate makes it, and of nothing."""
         if not self.job.text:
-            return torch.tensor(as_prompts(self.job.model, prompts, ()), dtype=torch.long)
-        arrays, norm, config = self.encoder.encode_all(list(prompts)), norm_of(self.text), self.job.text.encoder
-        if config.pooling == "tokens":
-            return packed(arrays["features"], arrays["offsets"].diff(), config.max_text_len, norm)
-        return norm(arrays["features"].float())
-
-    @cached_property
-    def null(self) -> Y:
-        if not self.job.text:
-            return LabelConditions(self.job.model.class_num).null
-        config = self.job.text.encoder
-        return Text.null(config.max_text_len, self.text["width"]) if config.pooling == "tokens" else self.condition([""])
-
-    @cached_property
-    def painter(self) -> Painter:
-        null = self.null
-        return make_painter(self.job, self.weights.net, null, self.device)
+            return torch.tensor(as_prompts(self.job.model, prompts, ()), dtype=torch.long), LabelConditions(self.job.model.class_num).null
+        return conditions_of_prompts(self.encoder, list(prompts), norm_of(self.text))
 
     def __call__(self, prompts: Sequence[str] | Sequence[int], sampler: SamplerConfig | None = None, seed: int = 0, first: int = 0) -> Tensor:
         """A picture of each prompt, (N, 3, H, W) uint8 on the CPU; picture i follows from the seed, `first` + i and its prompt.
 
         Args: prompts: captions, or labels of a class model; sampler: None draws as the checkpoint says.
         """
-        painter = replace(self.painter, seed=seed, sampler=sampler or self.job.drawing.sampler)
-        y = self.condition(prompts)
+        y, null = self.condition(prompts)
+        painter = replace(make_painter(self.job, self.weights.net, null, self.device), seed=seed, sampler=sampler or self.job.drawing.sampler)
         with self.weights.drawing(self.job.drawing.weights):
             drawn = painter.paint_in_batches(range(first, first + len(y)), lambda numbers: y[[number - first for number in numbers]])
             parts = [pictures for _, pictures in drawn]

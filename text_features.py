@@ -27,6 +27,7 @@ from util.errors import UserError
 from util.feature_store import FeatureRows, FeatureStore
 from util.files import beside, writable_folder
 from util.logging import progress, say
+from util.text import PackedText, Text, Y
 
 SAMPLE = 4096  # captions that --text_cache off measures lengths and statistics on, and whose tokens say how large a store of tokens will be
 MUCH_TEXT = 65536  # captions whose tokens the statistics are taken of
@@ -333,6 +334,17 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
         conditions = LiveText(encoder, texts.captions, null, norm) if source.cache == "off" else StoredText(features, row_of, null, norm)
         prompts = norm(features(prompt_rows))
     return Conditioning(conditions, prompts, description, features.width, frozen, bytes_each(features, distinct, source.encoder))
+
+
+def conditions_of_prompts(encoder: TextEncoder, prompts: Sequence[str], norm: Callable[[Tensor], Tensor]) -> tuple[Tensor | PackedText, Y]:
+    """y of prompts and of nothing, encoded together as `prepare` does, so that the numbers are the same to the bit.  Collective."""
+    texts, length = Texts((), np.arange(0), prompts=prompts), encoder.config.max_text_len
+    keys = texts.keys()
+    features = in_memory(encoder, texts, keys)
+    rows = features.find(keys)
+    if encoder.config.pooling == "tokens":
+        return packed(*features.tokens(rows[:-1]), length, norm), Text.null(length, features.width)
+    return norm(features(rows[:-1])), norm(features(rows[-1:]))
 
 
 def bytes_each(features: FeatureRows, rows: np.ndarray, config: TextConfig) -> int:

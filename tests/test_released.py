@@ -106,7 +106,7 @@ def test_t5_comes_without_its_decoder(t5_folder):
 
 def test_a_release_is_no_run_to_go_on_with_but_begins_one(release, text_data, llm_folder, tmp_path, capsys):
     common = [*flags(text_data, llm_folder(), tmp_path / "out", "--model", "MMJiT-Nano/8", "--batch_size", 4, "--epochs", 1)]
-    with pytest.raises(UserError, match="is a release to draw with .* by --init_from"):
+    with pytest.raises(UserError, match="is a model to draw with .* by --init_from"):
         run(*common, "--resume", str(release))
     run(*common, "--init_from", str(release))
     assert "made: txt_embedder.weight, mask_token" in capsys.readouterr().out

@@ -22,6 +22,8 @@ from util.logging import say
 
 LAST = "checkpoint-last.pth"
 RELEASED = "transformer/config.json"  # released.py reads such folders
+EXPORTED, WEIGHTS = "config.json", "model.safetensors"  # exported.py reads such folders
+PAINTER = "painter"  # where such a folder is in one that diffusers opens
 PREFIX = "net."
 
 
@@ -125,7 +127,7 @@ def remove_old(newest: Path, keep_last: int | None) -> None:
 
 
 def find(resume: str, output_dir: str, flag: str = "--resume") -> Path | None:
-    """The file that --resume, or another flag, means: itself, or the last checkpoint in the folder; or a folder as MiniT2I is released in.
+    """The file that --resume, or another flag, means: itself, or the last checkpoint in the folder; or a folder that is exported, or as MiniT2I's are.
 
     Returns: None only where the folder is `output_dir` and holds no checkpoint yet.  Raises: UserError for anything else.
     """
@@ -136,6 +138,9 @@ def find(resume: str, output_dir: str, flag: str = "--resume") -> Path | None:
         return path / LAST
     if (path / RELEASED).is_file():
         return path
+    for folder in (path, path / PAINTER):
+        if (folder / EXPORTED).is_file() and (folder / WEIGHTS).is_file():
+            return folder
     numbered = numbered_in(path)
     if output_dir and path.resolve() == Path(output_dir).resolve() and not numbered:
         return None

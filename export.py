@@ -1,0 +1,107 @@
+"""A trained model as others take it: `python export.py --resume output/b16 --out export/b16`, and `--diffusers` for a folder that diffusers opens."""
+
+from collections.abc import Sequence
+
+import flags
+from util.errors import UserError, one_line, told_in_one_line
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        flags.parse_export()  # before torch is imported
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import resume
+from config import ExportJob
+from exported import TEXT_ENCODER, write
+from exporting import card, package
+from util import checkpoint, hub
+from util.logging import say
+
+
+def export(job: ExportJob) -> Path:
+    """Returns: the folder.  Raises: UserError where it cannot be made."""
+    out, path = Path(job.out), checkpoint.find(job.resume, "")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is there already; name a new folder, or empty it")
+    saved = resume.read(path)
+    if "model" not in saved.job:
+        raise UserError(f"--resume {path} does not say which model it is; wanted a checkpoint of this code")
+    text, llm = dict(saved.text), job.llm or saved.text.get("llm", "")
+    if text and Path(llm).is_dir() and not job.with_text_encoder:
+        raise UserError(f"the language model is the local folder {llm}, which others do not have; copy it along by --with_text_encoder")
+    weights = saved.weights if job.weights == "raw" else saved.averages[int(job.weights) - 1]
+    if weights is None:
+        raise UserError(f"--resume {path} has no average {job.weights}; try --eval_ema raw")
+    building = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    model = building / checkpoint.PAINTER if job.diffusers else building
+    model.mkdir(parents=True)
+    if text and job.with_text_encoder:
+        text = text | bring_along(llm, text, model / TEXT_ENCODER)
+    facts = {"job": drawn_with(saved.job, text), "step": saved.progress.step, "weights": job.weights}
+    write(model, weights, text, facts, job.dtype)
+    if job.diffusers:
+        package.add_code(building)
+    card.write(building, job, saved, path)
+    saved.close()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        out.rmdir()
+    building.rename(out)
+    return out
+
+
+def drawn_with(job: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """What drawing takes of a run's configs; no folders of this machine."""
+    found = {section: job[section] for section in ("model", "diffusion", "averages", "drawing") if section in job}
+    found["run"] = {"seed": job.get("run", {}).get("seed", 0)}
+    if text:
+        source = job["text"]
+        found["text"] = {"encoder": source["encoder"] | {"llm": text["llm"]}, "norm": source["norm"]}
+    return found
+
+
+def bring_along(llm: str, text: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Copy the language model.  Returns: what identifies the copy.  Raises: UserError where it is another than the checkpoint's."""
+    if Path(llm).is_dir():
+        found = hub.revision_of(llm)
+        if found != text["revision"] and Path(text["llm"]).is_dir():
+            raise UserError(f"--llm_model_name {llm} holds other weights than those that the model was trained with")
+        shutil.copytree(llm, folder, ignore=shutil.ignore_patterns(".*"))
+    else:
+        from huggingface_hub import snapshot_download
+
+        with hub.in_one_line("--llm_model_name", llm):
+            patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
+            shutil.copytree(snapshot_download(llm, revision=text["revision"], allow_patterns=patterns), folder, ignore=shutil.ignore_patterns(".*"))
+    return {"llm": TEXT_ENCODER, "revision": hub.revision_of(str(folder))}
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload to the hub, with the token of `hf auth login`.  Returns: its address.  Raises: UserError where that fails."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with export.py")
+    except Exception as error:  # no network, no token, no right: each its own exception
+        raise UserError(f"--push {repository}: {one_line(error, 300)}; the folder {folder} is whole") from error
+    return f"https://huggingface.co/{repository}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with told_in_one_line():
+        job = flags.parse_export(argv)
+        folder = export(job)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+        say(f"{folder}: {size:.1f} MB; fill in what README.md leaves open")
+        if job.push:
+            say(f"uploaded to {push(folder, job.push)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The page of a model on the hub: README.md from the checkpoint, with what only its author knows left to fill in, and the figures of its evaluations."""
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from config import ExportJob
+from evaluation.records import TITLES
+from resume import Saved
+from util.checkpoint import PAINTER
+
+RESULTS = ".eval_results"
+OPEN = "(fill in)"
+
+
+def write(folder: Path, job: ExportJob, saved: Saved, checkpoint: Path) -> None:
+    """README.md and .eval_results/ into the folder that is exported."""
+    records = records_of(checkpoint, saved, job.weights)
+    (folder / "README.md").write_text(page(folder, job, saved, records), encoding="utf-8")
+    for name, record in records.items():
+        (folder / RESULTS).mkdir(exist_ok=True)
+        (folder / RESULTS / f"{name}.yaml").write_text(yaml.safe_dump(entries(record, data_of(saved)), allow_unicode=True, sort_keys=False), encoding="utf-8")
+
+
+def records_of(checkpoint: Path, saved: Saved, weights: str) -> dict[str, dict[str, Any]]:
+    """Those of eval/*.json beside a checkpoint that are of these weights."""
+    found = {}
+    for path in sorted((checkpoint.parent / "eval").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        of = record.get("setting", {}).get("weights", {})
+        if record.get("figures") and of.get("which") == weights and of.get("step") == (saved.progress.step or 0):
+            found[path.stem] = record
+    return found
+
+
+def entries(record: dict[str, Any], data: str) -> list[dict[str, Any]]:
+    """As the hub's .eval_results files have them."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    setting = record["setting"]
+    notes = f"{setting['pictures']} pictures of {setting['img_size']} pixels, cfg {setting['sampling']['cfg_scale']:g}, {setting['sampling']['method']} {setting['sampling']['steps']}"
+    date = datetime.now(timezone.utc).date().isoformat()
+    return eval_result_entries_to_yaml(
+        [EvalResultEntry(dataset_id=data, task_id=TITLES.get(name, name), value=value, date=date, notes=notes) for name, value in record["figures"].items()]
+    )
+
+
+def data_of(saved: Saved) -> str:
+    """The name of what it was trained on, without the folders of the machine."""
+    return Path((saved.job.get("data") or {}).get("path") or OPEN).name
+
+
+def page(folder: Path, job: ExportJob, saved: Saved, records: dict[str, dict[str, Any]]) -> str:
+    model, text, train = saved.job["model"], saved.text, saved.job.get("train") or {}
+    language = text.get("llm", "")
+    reads = (
+        "class labels"
+        if not text
+        else f"captions, read by {Path(language).name if job.with_text_encoder else language} (frozen; layer {text['layer']}, {text['max_text_len']} tokens at most)"
+    )
+    world = saved.world
+    seen = f"{(saved.progress.step or 0) * world.effective_batch:,} pictures seen, batches of {world.effective_batch}" if world else OPEN
+    head = {
+        "license": job.licence, "library_name": "diffusers" if job.diffusers else "jit-t2i", "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
+        "tags": ["jit", "pixel-space"], **({"language": ["ja"], "base_model": [language]} if text and not Path(language).is_dir() else {}),
+    }  # fmt: skip
+    rows = [
+        ("model", model["name"]), ("pictures", f"{model['img_size']} x {model['img_size']}"), ("reads", reads), ("data", f"{data_of(saved)} {OPEN}"), ("steps", f"{saved.progress.step:,}" if saved.progress.step else OPEN),
+        ("training", seen), ("learning rate", f"{train['lr']:g}" if train.get("lr") else OPEN), ("weights", f"{'raw' if job.weights == 'raw' else f'average {job.weights}'}, {job.dtype}"), ("licence", f"{job.licence} {OPEN}"),
+    ]  # fmt: skip
+    lines = ["---", yaml.safe_dump(head, allow_unicode=True, sort_keys=False).strip(), "---", "", f"# {model['name']}", ""]
+    lines += ["Trained with JiT-T2I: a plain Transformer that predicts the clean picture from its noise, in pixels, after JiT (arXiv:2511.13720).", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", "## Draw", "", "```python", *example(job, bool(text)), "```", ""]
+    if records:
+        lines += ["## Figures", "", "| figure | value | of |", "|---|---|---|"]
+        lines += [f"| {TITLES.get(figure, figure)} | {value:.4g} | {name} |" for name, record in records.items() for figure, value in record["figures"].items()]
+        lines += [""]
+    lines += ["## What it was trained on, and what it should not be used for", "", OPEN, ""]
+    return "\n".join(lines)
+
+
+def example(job: ExportJob, is_text: bool) -> list[str]:
+    prompt = '"夕焼けの海辺を走る柴犬"' if is_text else "0"
+    if job.diffusers:
+        return [
+            "from diffusers import DiffusionPipeline", "",
+            f'pipe = DiffusionPipeline.from_pretrained("{job.push or Path(job.out).name}", trust_remote_code=True)  # runs the code in {PAINTER}/',
+            f'pipe({prompt}).images[0].save("picture.png")',
+        ]  # fmt: skip
+    return [
+        "from datasets.transforms import to_image  # in a checkout of JiT-T2I",
+        "from sampling import load_painter", "",
+        f'painter = load_painter("{Path(job.out).name}")',
+        f'to_image(painter([{prompt}])[0]).save("picture.png")',
+    ]  # fmt: skip
