@@ -556,6 +556,14 @@ class Run(Config):
         choices=("auto", "bf16", "fp32"),
     )
     seed: int = flag(0, "seed", "what every random number of the run follows from", "すべての乱数のもとになる値", bounds=NOT_NEGATIVE)
+    tracker: str = flag(
+        "tensorboard",
+        "tracker",
+        "where figures go; trackio and wandb are packages of their own",
+        "数値の記録先。trackio と wandb は別のパッケージです",
+        choices=("tensorboard", "trackio", "wandb"),
+    )
+    tracker_project: str = flag("jit-t2i", "tracker_project", "its project, for trackio and wandb", "trackio と wandb でのプロジェクト名")
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from evaluation.sweep import run_sweep
 from prepare import TrainingRun, begin, prepare_evaluation, prepare_generation, prepare_training
 from util import distributed as dist
 from util.files import Lock, read_lines, writable_folder
-from util.logging import Board, close_bars, say
+from util.logging import close_bars, say
 from util.stopping import Stop
+from util.trackers import Board
 
 
 def train(job: TrainJob) -> None:
@@ -135,7 +136,7 @@ def evaluate(job: EvaluateJob | SweepJob) -> None:
     else:
         call_out_initial(evaluator.state, which)
         records = [evaluator(which, job.drawing.sampler, count)]
-    board = Board(Path(job.run.output_dir))
+    board = Board(job.run, {})
     for record in records:
         board.scalars(record.scalars(), step)
     board.close()

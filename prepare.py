@@ -14,7 +14,7 @@ import engine_jit as engine
 import resume
 import sampling
 from conditioning import Conditioning
-from config import DrawJob, EvaluateJob, SweepJob, TrainJob
+from config import DrawJob, EvaluateJob, SweepJob, TrainJob, to_plain
 from datasets.source import hold_out, make_loader, open_data, workers
 from datasets.stream import PictureDataset, StreamSampler
 from evaluation.evaluator import Evaluator
@@ -32,12 +32,14 @@ from util.broken import Broken
 from util.ema import averages_of
 from util.errors import UserError
 from util.files import writable_folder
-from util.logging import Board, progress, say
+from util.logging import progress, say
 from util.parallel import Parallel, to_device, uses_bf16
 from util.report import Report, Sizes, first_lines
 from util.schedule import Progress, Schedule
 from util.skips import Skips
 from util.stopping import Stop
+from util.trackers import Board
+from util.trackers import check as check_tracker
 
 
 def agree_on_data(dataset: PictureDataset | None, saved: Saved | None) -> None:
@@ -99,6 +101,7 @@ def prepare_generation(job: DrawJob, saved: Saved, prompts: Sequence) -> Studio:
 def prepare_evaluation(job: EvaluateJob | SweepJob, saved: Saved) -> Evaluator:
     """Collective."""
     device, model = dist.init(job.run.device), job.model
+    check_tracker(job.run)
     output_dir, path = writable_folder(job.run.output_dir, "--output_dir"), saved.path
     counts = [job.evaluation.num_images, *([job.sweep.images] if isinstance(job, SweepJob) else [])]
     request = find_requested(job.evaluation, model, counts, device)
@@ -146,6 +149,7 @@ class Prepared:
 def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     """Data, features, network, then what the checkpoint has of them.  Collective."""
     device, model, evaluation = dist.init(job.run.device), job.model, job.evaluation
+    check_tracker(job.run)
     origin = None if saved else resume.find_origin(job)
     if saved:
         resume.check_batch(saved, job.train)
@@ -234,7 +238,7 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
     for line in first_lines(job, Sizes(trained, conditions.frozen, len(shares.pictures), len(shares.held_out), steps, workers(job.data)), device, bf16):
         say(line)
     sampler = StreamSampler(shares.pictures, train.batch_size, steps * train.accum_iter, dist.rank(), world.processes, job.run.seed)
-    skips, board, writer = Skips(device, position.skips), Board(folder, state.step), checkpoint.Writer(job.save.keep_last)
+    skips, board, writer = Skips(device, position.skips), Board(job.run, to_plain(job), state.step), checkpoint.Writer(job.save.keep_last)
     bar = progress(train.epochs * steps, "training", initial=position.epoch * steps + position.epoch_step)
     training = engine.Training(
         state=state,

@@ -11,7 +11,7 @@ import sampling
 from evaluation.evaluator import Evaluator, call_out_initial
 from resume import Weights
 from util import distributed as dist
-from util.logging import Board
+from util.trackers import Board
 
 EVALUATED = ".evaluated"  # holds the step of the latest evaluation that came to its end
 

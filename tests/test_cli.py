@@ -308,7 +308,7 @@ def test_the_parameters_of_the_table_are_the_codes(name):
 
 
 def test_one_list_of_dependencies():
-    """environment.yaml holds what a run, the demos and the tests need; these five extras may be left to pyproject.toml."""
+    """environment.yaml holds what a run, the demos and the tests need; these extras may be left to pyproject.toml."""
     tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
@@ -318,7 +318,7 @@ def test_one_list_of_dependencies():
 
     pip = next(part["pip"] for part in yaml.safe_load((ROOT / "environment.yaml").read_text())["dependencies"] if isinstance(part, dict))
     extras = {extra: names(lines) for extra, lines in project["optional-dependencies"].items()}
-    wanted = names(project["dependencies"]).union(*(extras[extra] for extra in extras.keys() - {"app", "lora", "export", "data", "ray"}))
+    wanted = names(project["dependencies"]).union(*(extras[extra] for extra in extras.keys() - {"app", "lora", "export", "data", "track"}))
     assert wanted <= names(pip) <= wanted.union(*extras.values())
 
 

@@ -1,12 +1,8 @@
-"""What a run says while it trains: a progress bar and TensorBoard, both on rank 0 only."""
+"""What a run says while it trains, in lines and progress bars, on rank 0 only."""
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from util import distributed as dist
@@ -38,35 +34,3 @@ def close_bars() -> None:
 
 
 BEFORE_LEAVING.append(close_bars)
-
-
-class Board:
-    """TensorBoard on rank 0, nothing elsewhere."""
-
-    def __init__(self, folder: Path, step: int = 0):
-        """step: where the run goes on; what was logged after it is hidden."""
-        self.writer = None
-        if dist.is_main():
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._try(lambda writer, name=name, value=value: writer.add_scalar(name, value, step))
-
-    def image(self, name: str, picture: np.ndarray, step: int) -> None:
-        """picture: (H, W, 3) uint8."""
-        self._try(lambda writer: writer.add_image(name, picture, step, dataformats="HWC"))
-
-    def close(self) -> None:
-        self._try(lambda writer: writer.close())
-
-    def _try(self, action: Callable[[Any], None]) -> None:
-        """A full disk ends the events, not the training."""
-        if self.writer:
-            try:
-                action(self.writer)
-            except OSError as error:
-                self.writer = None
-                say(f"warning: TensorBoard's events cannot be written ({error}); this run logs no more of them")

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from config import TrainJob
 from util import distributed as dist
-from util.logging import Board, say
+from util.logging import say
 from util.skips import Skips
+from util.trackers import Board
 
 LOW_LR = 2e-5  # below this a run of the recipe's length hardly learns: PixelGen and JiT train at 2e-4
 
