@@ -160,7 +160,7 @@ def test_killed_at_random_moments_the_end_is_the_same(text_data, llm_folder, tmp
     rng = random.Random(0)
 
     def kill(pid, kills):
-        if kills == 8:
+        if kills == 5:
             return False
         time.sleep(rng.uniform(0.05, 0.4) * patience)
         os.kill(pid, signal.SIGKILL)

@@ -14,7 +14,7 @@ from text_encoder import LanguageModel
 from util import checkpoint
 from util.errors import UserError
 
-TINY = ["--model", "JiT-Nano/8-Text", "--img_size", "16", "--device", "cpu", "--num_workers", "0", "--lr", "1e-3", "--log_freq", "2"]
+TINY = ["--model", "JiT-Nano/8-Text", "--img_size", "16", "--device", "cpu", "--num_workers", "0", "--lr", "1e-3", "--log_freq", "4"]
 SAMPLING = ["--num_sampling_steps", "2", "--cfg", "2", "--num_images", "6", "--gen_bsz", "4"]
 
 
@@ -122,7 +122,7 @@ def test_a_trained_model_recalls_the_picture_of_each_caption(tmp_path, llm_folde
     for i, (caption, colour) in enumerate(colours.items()):
         Image.new("RGB", (16, 16), colour).save(data / "images" / f"{i}.png")
         (data / "captions" / f"{i}.txt").write_text(caption, encoding="utf-8")
-    argv = flags(data, llm_folder(), out, "--batch_size", 32, "--epochs", 150, "--save_last_freq", 150)
+    argv = flags(data, llm_folder(), out, "--batch_size", 32, "--epochs", 60, "--save_last_freq", 60, "--log_freq", 2)
     run(*argv)
     prompts = [part for caption in colours for part in ("--prompt", caption)]
     run(*argv, "--generate", "--resume", str(out), *prompts)
