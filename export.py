@@ -23,34 +23,38 @@ from util.logging import say
 
 def export(job: ExportJob) -> Path:
     """Returns: the folder.  Raises: UserError where it cannot be made."""
-    out, path = Path(job.out), checkpoint.find(job.resume, "")
+    out, path = Path(job.out).resolve(), checkpoint.find(job.resume, "")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already; name a new folder, or empty it")
     saved = resume.read(path)
     if "model" not in saved.job:
         raise UserError(f"--resume {path} does not say which model it is; wanted a checkpoint of this code")
     text, llm = dict(saved.text), job.llm or saved.text.get("llm", "")
-    if text and Path(llm).is_dir() and not job.with_text_encoder:
+    if text and hub.is_local(text["revision"]) and not job.with_text_encoder:
         raise UserError(f"the language model is the local folder {llm}, which others do not have; copy it along by --with_text_encoder")
     weights = saved.weights if job.weights == "raw" else saved.averages[int(job.weights) - 1]
     if weights is None:
         raise UserError(f"--resume {path} has no average {job.weights}; try --eval_ema raw")
     building = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    model = building / checkpoint.PAINTER if job.diffusers else building
-    model.mkdir(parents=True)
-    if text and job.with_text_encoder:
-        text = text | bring_along(llm, text, model / TEXT_ENCODER)
-    facts = {"job": drawn_with(saved.job, text), "step": saved.progress.step, "weights": job.weights}
-    write(model, weights, text, facts, job.dtype)
-    if job.diffusers:
-        package.add_code(building)
-    card.write(building, job, saved, path)
-    saved.close()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.is_dir():
-        out.rmdir()
-    building.rename(out)
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        model = building / checkpoint.PAINTER if job.diffusers else building
+        model.mkdir(parents=True)
+        if text and job.with_text_encoder:
+            text = text | bring_along(llm, text, model / TEXT_ENCODER)
+        facts = {"job": drawn_with(saved.job, text), "step": saved.progress.step, "weights": job.weights}
+        write(model, weights, text, facts, job.dtype)
+        if job.diffusers:
+            package.add_code(building)
+        card.write(building, job, saved, path)
+        if out.is_dir():
+            out.rmdir()
+        building.rename(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({one_line(error)})") from error
+    finally:
+        saved.close()
+        shutil.rmtree(building, ignore_errors=True)
     return out
 
 
@@ -66,17 +70,18 @@ def drawn_with(job: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
 
 def bring_along(llm: str, text: dict[str, Any], folder: Path) -> dict[str, str]:
     """Copy the language model.  Returns: what identifies the copy.  Raises: UserError where it is another than the checkpoint's."""
-    if Path(llm).is_dir():
-        found = hub.revision_of(llm)
-        if found != text["revision"] and Path(text["llm"]).is_dir():
+    if hub.is_local(text["revision"]) or Path(llm).is_dir():
+        if not Path(llm).is_dir():
+            raise UserError(f"the language model's folder {llm} is not there any more; say where it is by --llm_model_name")
+        if hub.is_local(text["revision"]) and hub.revision_of(llm) != text["revision"]:
             raise UserError(f"--llm_model_name {llm} holds other weights than those that the model was trained with")
         shutil.copytree(llm, folder, ignore=shutil.ignore_patterns(".*"))
     else:
         from huggingface_hub import snapshot_download
 
         with hub.in_one_line("--llm_model_name", llm):
-            patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
-            shutil.copytree(snapshot_download(llm, revision=text["revision"], allow_patterns=patterns), folder, ignore=shutil.ignore_patterns(".*"))
+            whole = snapshot_download(llm, revision=text["revision"], allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py"])
+            shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(".*"))
     return {"llm": TEXT_ENCODER, "revision": hub.revision_of(str(folder))}
 
 

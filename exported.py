@@ -43,7 +43,8 @@ def read(folder: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, Any], di
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:  # cut short, no JSON, no safetensors: each its own exception
         raise UserError(f"{flag} {folder}: the exported model cannot be read ({one_line(error)})") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
+    known = isinstance(config, dict) and config.get("format") == FORMAT and config.get("version") == VERSION
+    if not known or not isinstance(config.get("job"), dict) or not isinstance(config.get("text"), dict):
         raise UserError(f"{flag} {folder}: {EXPORTED} is of no model of this code; wanted a folder that export.py has written")
     weights = {name: value.float() for name, value in tensors.items() if not name.startswith(STATISTICS)}
     job, text = dict(config["job"]), dict(config["text"])

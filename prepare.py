@@ -252,7 +252,7 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
         schedule=Schedule(job.save, train.epochs, steps, train.log_freq, job.evaluation is not None),
         report=Report(bar, board, world.effective_batch, skips),
         skips=skips,
-        broken=Broken(folder, len(shares.dataset), job.data.broken, shares.dataset.bad),
+        broken=Broken(folder, len(shares.dataset) + len(shares.dataset.bad), job.data.broken, shares.dataset.bad),
         stop=stop,
         save=resume.Saver(writer, state, skips, world, job, conditions.description),
         gap=text_gap(job, prepared) if job.text else None,

@@ -339,19 +339,21 @@ def check_data(saved: Saved, world: World, data_path: str) -> None:
 # --- what a run that draws takes from its checkpoint
 
 INHERITED = (  # fields and whole sections that are the checkpoint's where their flags are not given; nothing that runs code, no processes, no device
-    "model", "diffusion", "averages", "data.path", "data.format", "data.image_column", "data.caption_column", "data.image_root", "data.missing", "text.encoder.llm", "text.encoder.max_text_len", "text.encoder.layer",
+    "model", "diffusion", "averages", "data.path", "data.missing", "text.encoder.llm", "text.encoder.max_text_len", "text.encoder.layer",
     "text.encoder.pooling", "text.norm", "text.cache", "text.folder", "drawing.weights", "drawing.sampler", "run.seed", "run.precision",
 )  # fmt: skip
+OF_DATA = ("data.format", "data.image_column", "data.caption_column", "data.image_root")  # the checkpoint's too, unless other data is given
 
 
 def completed(job: J, saved: Saved) -> J:
     """The job with the checkpoint's settings where the flags say none.  Raises: UserError where a flag that is given contradicts it."""
     check(saved, job)
     given, found = job.given, {section: to_plain(getattr(job, section)) for section in SECTIONS}
+    inherited = INHERITED + (() if "data_path" in given else OF_DATA)
     for section, cls in SECTIONS.items():
         for name, config_field, _ in settings(cls):
             path, known = f"{section}.{name}", flag_of(config_field)
-            value = look_up(saved.job, path) if any(f"{path}.".startswith(f"{place}.") for place in INHERITED) else None
+            value = look_up(saved.job, path) if any(f"{path}.".startswith(f"{place}.") for place in inherited) else None
             if known and known.name in given and section != "averages":  # averages are what they were made with
                 value = given[known.name] if section == "model" else None  # the other sections hold what is given
             if value is not None:
@@ -360,7 +362,7 @@ def completed(job: J, saved: Saved) -> J:
     found["drawing"]["sampler"]["cfg_interval"] = (given.get("interval_min", low), given.get("interval_max", high))
     if found["text"]["cache"] != "disk" and "text_cache_dir" not in given:
         found["text"]["folder"] = None
-    if "output_dir" not in given:
+    if "output_dir" not in given and not saved.path.is_dir():  # nothing is written into a model's folder
         found["run"]["output_dir"] = str(saved.path.parent)
     configs = {section: from_plain(cls, found[section]) for section, cls in SECTIONS.items()}
     check_kind(configs["model"], given)

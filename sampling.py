@@ -154,7 +154,7 @@ def draw_sheet(painter: Painter, y: Tensor | PackedText, prompts: Sequence) -> n
 
 @dataclass
 class LoadedPainter:
-    """painter(prompts) -> pictures, out of a checkpoint; the language model is loaded at the first use."""
+    """painter(prompts) -> pictures, out of a checkpoint; the language model is loaded at the first use, which is collective."""
 
     job: GenerateJob
     weights: Weights

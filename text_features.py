@@ -94,10 +94,15 @@ def in_memory(encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray) -> F
     """Features of all `texts` on every rank.  Collective."""
     mine = [arrays for _, arrays in encode_shares(encoder, texts, keys, disk.first_of_each(keys))]
     mine.append({"keys": disk.key_array(keys[:0]), **encoder.encode_all([])})  # a rank may have no share
-    for arrays in mine:
+    return joined(mine, dist.gather_rows)
+
+
+def joined(parts: Sequence[dict[str, Tensor]], gather: Callable[[Tensor], Tensor]) -> FeatureRows:
+    """Parts as a store's shards hold them, as one."""
+    for arrays in parts:
         if "offsets" in arrays:  # of a part; told by what they enclose while the parts are joined
             arrays["offsets"] = arrays["offsets"].diff()
-    found = {name: dist.gather_rows(torch.cat([arrays[name] for arrays in mine])) for name in mine[0]}
+    found = {name: gather(torch.cat([arrays[name] for arrays in parts])) for name in parts[0]}
     if "offsets" in found:
         found["offsets"] = torch.cat([torch.zeros(1, dtype=torch.long), found["offsets"].cumsum(0)])
     return FeatureRows([{name: values.numpy() for name, values in found.items()}])
@@ -337,10 +342,12 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
 
 
 def conditions_of_prompts(encoder: TextEncoder, prompts: Sequence[str], norm: Callable[[Tensor], Tensor]) -> tuple[Tensor | PackedText, Y]:
-    """y of prompts and of nothing, encoded together as `prepare` does, so that the numbers are the same to the bit.  Collective."""
+    """y of prompts and of nothing, encoded together as one process does in `prepare`, so that the numbers are the same to the bit."""
     texts, length = Texts((), np.arange(0), prompts=prompts), encoder.config.max_text_len
     keys = texts.keys()
-    features = in_memory(encoder, texts, keys)
+    chosen, size = disk.first_of_each(keys), disk.SHARD_ROWS
+    shards = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    features = joined([{"keys": disk.key_array(keys[part]), **encoder.encode_all([texts[i] for i in part])} for part in shards], lambda rows: rows.cpu())
     rows = features.find(keys)
     if encoder.config.pooling == "tokens":
         return packed(*features.tokens(rows[:-1]), length, norm), Text.null(length, features.width)

@@ -15,7 +15,7 @@ class Rows:
     """Captioned pictures in a source's order, picture i with at least one caption.
 
     `paths`: the files; where `read` gives their bytes, what messages call them. `bad`: a line for each row that cannot be used, with its reason.
-    `problems`: what --missing_captions decides on. `twins`: how many pictures are the same file as one before.
+    `problems`: what --missing_captions decides on. `twins`: how many pictures are the same file as one before. `root`: what the paths begin with.
     """
 
     paths: Sequence[str]
@@ -24,6 +24,7 @@ class Rows:
     bad: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     twins: int = 0
+    root: str | None = None
 
 
 class CaptionedPictures(PictureDataset):
@@ -31,7 +32,7 @@ class CaptionedPictures(PictureDataset):
 
     def __init__(self, rows: Rows, view: View, seed: int = 0):
         super().__init__(rows.paths, view, seed)
-        self.bad, self.read = rows.bad, rows.read
+        self.bad, self.read, self.root = rows.bad, rows.read, rows.root
         self.captions = PackedStrings(caption for lines in rows.captions for caption in lines)
         self.first = np.cumsum([0, *map(len, rows.captions)])  # picture i has the captions first[i] to first[i + 1] - 1
 
@@ -52,6 +53,8 @@ def several(value: object) -> tuple[str, ...]:
     texts = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"a caption is {next(type(text).__name__ for text in texts if not isinstance(text, str))}, wanted text")
+    if any(0xD800 <= ord(letter) < 0xE000 for text in texts for letter in text):
+        raise ValueError("a caption that holds half a character")
     found = tuple(line for text in texts if (line := " ".join(text.split("\n")).strip()))
     if not found:
         raise ValueError("no caption")

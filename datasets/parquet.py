@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from datasets.captioned import Rows, several
-from datasets.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, column, pyarrow_parquet
+from datasets.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, column, open_parquet
 from util.errors import UserError
 from util.logging import say
 
@@ -29,27 +29,28 @@ def bytes_of(kind: Any) -> str | None:
 
 
 class Columns(NamedTuple):
-    """Of one table, dotted."""
+    """Of one table."""
 
-    image: str  # the bytes
+    image: str
+    inside: str  # where the bytes are below it
     caption: str
-    path: str | None
+    has_path: bool
 
 
 def columns_of(table: Path, image_column: str | None, caption_column: str | None) -> Columns:
     """Raises: UserError where one is not there, or pictures are not inside."""
-    schema = pyarrow_parquet(table).read_schema(table)
+    schema = open_parquet(table).schema_arrow
     image = column(schema.names, image_column, IMAGE_COLUMNS, table, "--image_column")
     kind = schema.field(image).type
     if (inside := bytes_of(kind)) is None:
         raise UserError(f"--data_path {table}: column {image} holds {kind}, wanted pictures as bytes or as {{bytes, path}}")
-    path = f"{image}.path" if inside and kind.get_field_index("path") >= 0 else None
-    return Columns(image + inside, column(schema.names, caption_column, CAPTION_COLUMNS, table, "--caption_column"), path)
+    caption = column(schema.names, caption_column, CAPTION_COLUMNS, table, "--caption_column")
+    return Columns(image, inside, caption, bool(inside) and kind.get_field_index("path") >= 0)
 
 
 def holds_pictures(table: Path, image_column: str | None) -> bool:
     """Whether pictures are inside, and not the names of files."""
-    schema = pyarrow_parquet(table).read_schema(table)
+    schema = open_parquet(table).schema_arrow
     return any(name in schema.names and bytes_of(schema.field(name).type) is not None for name in ([image_column] if image_column else IMAGE_COLUMNS))
 
 
@@ -57,9 +58,9 @@ def find_pictures(tables: Sequence[Path], image_column: str | None, caption_colu
     """The rows of the tables, one after another; only captions and paths are read.  Raises: UserError where a column is not there."""
     found, groups, sizes, usable, seen, at = Rows([], []), [], [], [], set(), 0
     for table in tables:
-        columns, metadata = columns_of(table, image_column, caption_column), pyarrow_parquet(table).read_metadata(table)
+        columns, metadata = columns_of(table, image_column, caption_column), open_parquet(table).metadata
         for number in range(metadata.num_row_groups):
-            groups.append((str(table), number, columns.image))
+            groups.append((str(table), number, columns.image, columns.inside))
             sizes.append(metadata.row_group(number).num_rows)
         for number, (caption, path) in enumerate(read_captions(table, columns), 1):
             at += 1
@@ -81,20 +82,20 @@ def find_pictures(tables: Sequence[Path], image_column: str | None, caption_colu
 
 def read_captions(table: Path, columns: Columns) -> Iterator[tuple[Any, str | None]]:
     """Caption and path of each row."""
-    top = columns.image.partition(".")[0]
-    for batch in pyarrow_parquet(table).ParquetFile(table).iter_batches(columns=[columns.caption, *filter(None, [columns.path])], use_threads=False):
+    names = [columns.caption, *([f"{columns.image}.path"] if columns.has_path else [])]
+    for batch in open_parquet(table).iter_batches(columns=names, use_threads=False):
         captions = batch.column(columns.caption).to_pylist()
-        paths = batch.column(top).field("path").to_pylist() if columns.path else [None] * len(captions)
+        paths = batch.column(columns.image).field("path").to_pylist() if columns.has_path else [None] * len(captions)
         yield from zip(captions, paths)
 
 
 class Pictures:
     """pictures(i): the bytes of picture i.
 
-    Args: groups: file, number and image column of each row group; first: the number of its first row, and that of all rows; usable: the rows that are pictures.
+    Args: groups: file, number, image column and where its bytes are, of each row group; first: the number of its first row, and that of all rows; usable: the rows that are pictures.
     """
 
-    def __init__(self, groups: list[tuple[str, int, str]], first: np.ndarray, usable: np.ndarray):
+    def __init__(self, groups: list[tuple[str, int, str, str]], first: np.ndarray, usable: np.ndarray):
         self.groups, self.first, self.usable = groups, first, usable
 
     def __call__(self, i: int) -> BinaryIO:
@@ -109,11 +110,11 @@ class Pictures:
 @lru_cache(maxsize=64)
 def open_table(table: str):
     """Mapped into memory, so that forked processes do not share a place in the file."""
-    return pyarrow_parquet(Path(table)).ParquetFile(table, memory_map=True)
+    return open_parquet(Path(table), memory_map=True)
 
 
 @lru_cache(maxsize=2)
-def read_group(table: str, group: int, image: str):
+def read_group(table: str, group: int, image: str, inside: str):
     """The bytes of all pictures of a row group."""
-    read = open_table(table).read_row_group(group, columns=[image], use_threads=False).column(0).combine_chunks()
-    return read.field("bytes") if image.endswith(".bytes") else read
+    read = open_table(table).read_row_group(group, columns=[image + inside], use_threads=False).column(0).combine_chunks()
+    return read.field("bytes") if inside else read

@@ -48,6 +48,7 @@ def open_captioned(data: Data, view: View, seed: int = 0) -> CaptionedPictures:
     """Says what is there.  Collective.  Raises: UserError where it cannot be used, before any picture is opened."""
     path, kind = Path(data.path), format_of(data)
     rows = FORMATS[kind](path, data)
+    rows.root = rows.root or str(path if path.is_dir() else path.parent)
     if rows.problems and data.missing == "error":
         raise UserError(f"--data_path {path}: {'; '.join(rows.problems)}. Mend them, or go on without them by --missing_captions skip")
     if rows.problems:
@@ -82,9 +83,10 @@ def tables_of(path: Path) -> list[Path]:
 def below(path: Path, suffix: str) -> list[Path]:
     """Files of that kind in a folder and in the folders in it, in order, or the file itself; folders of single pictures are not searched."""
     if not path.is_dir():
-        return [path] if path.suffix == suffix else []
+        return [path] if path.suffix.lower() == suffix else []
     folders = [path, *(one for one in path.iterdir() if one.is_dir() and one.name not in ("images", "captions", "train") and not one.name.startswith("."))]
-    return sorted(found for folder in folders for found in folder.glob(f"[!.]*{suffix}"))
+    found = (one for folder in folders for one in folder.iterdir() if one.suffix.lower() == suffix and not one.name.startswith("."))
+    return sorted(one for one in found if not one.is_dir())
 
 
 def parquet_of(path: Path) -> list[Path]:
@@ -95,6 +97,8 @@ def parquet_of(path: Path) -> list[Path]:
 
 def open_table(path: Path, data: Data) -> Rows:
     tables = [table for table in tables_of(path) if table.suffix.lower() in SUFFIXES]
+    if not tables:
+        raise UserError(f"--data_path {path}: no table; wanted one that ends in {' '.join(SUFFIXES)}, or a folder with metadata.*")
     if len(tables) > 1:
         raise UserError(f"--data_path {path} holds {' and '.join(table.name for table in tables)}; give one of them as --data_path")
     return find_rows(tables[0], data.image_root, data.image_column, data.caption_column)

@@ -73,6 +73,7 @@ class PictureDataset(Dataset):
     """
 
     bad: Sequence[str] = ()  # a line for each row of the data that is no picture
+    root: str | None = None  # what the paths begin with, where it is not the folder of the data
 
     def __init__(self, paths: Iterable[str], view: View, seed: int = 0):
         self.paths, self.view, self.seed = PackedStrings(paths), view, seed
@@ -87,7 +88,7 @@ class PictureDataset(Dataset):
 
     def fingerprint(self, root: str | Path) -> str:
         """Of the names of all picture files, below `root`; taken once, since millions of names take seconds."""
-        root = str(Path(root))
+        root = str(Path(self.root or root))
         if root not in self.fingerprints:
             value = hashlib.sha256()
             for path in self.paths:

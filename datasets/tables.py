@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.captioned import Rows, several
-from util.errors import UserError
+from util.errors import UserError, one_line
 
 IMAGE_COLUMNS = ("image", "file_name")  # where no --image_column is given, the first that is there
 CAPTION_COLUMNS = ("text", "texts")
@@ -22,7 +22,8 @@ Row = Mapping[str, Any] | str  # or why it is none
 
 def find_rows(table: Path, root: str | None, image_column: str | None, caption_column: str | None) -> Rows:
     """Raises: UserError where the table cannot be read, or lacks a column."""
-    rows, files, found = read_table(table), Files(Path(root) if root else table.parent), Rows([], [])
+    rows, files = read_table(table), Files(Path(root) if root else table.parent)
+    found = Rows([], [], root=str(files.root))
     known = list(dict.fromkeys(name for row in rows[:1000] if isinstance(row, Mapping) for name in row))
     image = column(known, image_column, IMAGE_COLUMNS, table, "--image_column")
     caption = column(known, caption_column, CAPTION_COLUMNS, table, "--caption_column")
@@ -58,6 +59,8 @@ def read_table(table: Path) -> list[Row]:
         return list(READERS[table.suffix.lower()](table))
     except UnicodeDecodeError as error:
         raise UserError(f"--data_path {table} is not UTF-8; convert it, for instance: iconv -f SHIFT_JIS -t UTF-8 FILE") from error
+    except UserError:
+        raise
     except (OSError, ValueError, csv.Error, KeyError, TypeError) as error:
         raise UserError(f"--data_path {table} cannot be read: {error}") from error
 
@@ -76,7 +79,8 @@ def read_jsonl(table: Path) -> Iterator[Row]:
 def read_csv(table: Path) -> Iterator[Row]:
     csv.field_size_limit(1 << 24)
     with open(table, encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+        for row in csv.DictReader(file):
+            yield "more cells than the header has; a caption that holds commas wants quotes" if None in row else row
 
 
 def read_json(table: Path) -> Iterator[Row]:
@@ -102,8 +106,16 @@ def pyarrow_parquet(table: Path):
     return pyarrow.parquet
 
 
+def open_parquet(table: Path, **options: bool):
+    """A ParquetFile.  Raises: UserError where it is none."""
+    try:
+        return pyarrow_parquet(table).ParquetFile(table, **options)
+    except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
+        raise UserError(f"--data_path {table} cannot be read as Parquet ({one_line(error)}); is it whole, and no pointer of git-lfs?") from error
+
+
 def read_parquet(table: Path) -> Iterator[Row]:
-    for batch in pyarrow_parquet(table).ParquetFile(table).iter_batches(use_threads=False):
+    for batch in open_parquet(table).iter_batches(use_threads=False):
         yield from batch.to_pylist()
 
 
@@ -125,7 +137,7 @@ class Files:
             try:
                 device = os.stat(folder).st_dev
                 with os.scandir(folder) as found:
-                    self.listed[folder] = {unicodedata.normalize("NFC", one.name): (one.name, (device, one.inode())) for one in found}
+                    self.listed[folder] = {unicodedata.normalize("NFC", one.name): (one.name, (device, one.inode())) for one in found if one.is_file()}
             except OSError:
                 self.listed[folder] = {}
         return self.listed[folder]

@@ -25,7 +25,6 @@ from util.logging import progress, say
 
 VERSION = 1
 TAIL = 256  # bytes at the end of a picture that, with its size, tell it from others
-END = 1024  # zero bytes that every tar ends with
 JSON_COLUMNS = ("caption", "text", "texts")  # where there is no .txt
 
 
@@ -91,24 +90,30 @@ def open_shard(path: str) -> BinaryIO:
 
 
 def index_missing(shards: Sequence[Path], caption_column: str | None, folder: Path) -> dict[int, Index]:
-    """Make and keep the indices that are not there, each by one rank.  Returns: this rank's by number of their shard.  Collective."""
+    """Make and keep the indices that are not there, each by one rank.  Returns: by number of their shard, those that cannot be kept.  Collective."""
     wanted = [number for number, shard in enumerate(shards) if read_facts(kept_at(folder, shard)) != facts_of(shard, caption_column)]
-    wanted, made = dist.from_main(wanted), {}
+    wanted, unkept = dist.from_main(wanted), {}
     if wanted:
         say(f"{len(wanted)} of {len(shards)} tar files are indexed once, in {folder}")
         mine = wanted[dist.rank() :: dist.world_size()]
         with progress(len(mine), "index", unit="file") as bar:
             for number in mine:
-                made[number] = make_index(shards[number], caption_column)
-                keep(kept_at(folder, shards[number]), made[number], facts_of(shards[number], caption_column))
+                facts = facts_of(shards[number], caption_column)  # of before: it may still be written to
+                index = make_index(shards[number], caption_column)
+                if not keep(kept_at(folder, shards[number]), index, facts):
+                    unkept[number] = index
                 bar.update()
-    dist.barrier()
-    return made
+    if any(found := dist.gather_objects(unkept)):
+        say(f"warning: nothing can be written to {folder}; the index is made anew at every start")
+    return {number: index for part in found for number, index in part.items()}
 
 
 def facts_of(shard: Path, caption_column: str | None) -> list:
-    """What an index belongs to: the shard as it is now, and how captions are read."""
-    status = shard.stat()
+    """What an index belongs to: the shard as it is now, and how captions are read.  Raises: UserError where it is not there."""
+    try:
+        status = shard.stat()
+    except OSError as error:
+        raise UserError(f"--data_path {shard} cannot be read: {error.strerror}") from error
     return [VERSION, status.st_size, status.st_mtime_ns, caption_column]
 
 
@@ -136,13 +141,15 @@ def read_index(path: Path, facts: list) -> Index | None:
     return Index([Entry(*entry[:-1], tuple(entry[-1])) for entry in entries], bad) if len(entries) == count else None
 
 
-def keep(path: Path, index: Index, facts: list) -> None:
+def keep(path: Path, index: Index, facts: list) -> bool:
+    """Returns: whether it could be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(line) + "\n" for line in (facts, (len(index.entries), index.bad), *index.entries))
         write_whole(path, lambda file: file.write(text.encode()), mark=f".{os.uname().nodename}.{os.getpid()}")
-    except OSError as error:
-        say(f"warning: {path} cannot be written ({error.strerror}); the index is made anew at every start")
+    except OSError:
+        return False
+    return True
 
 
 def make_index(shard: Path, caption_column: str | None) -> Index:
@@ -165,21 +172,32 @@ def samples(tar: tarfile.TarFile, bad: list[str]) -> Iterator[tuple[str, dict[st
     key, members = None, {}
     try:
         for info in tar:
-            if not info.isfile():
-                continue
             folder, base = os.path.split(info.name)
+            if not info.isfile() or base.startswith("."):  # macOS puts ._0.jpg beside 0.jpg
+                continue
             stem, _, extension = base.partition(".")
             if (name := os.path.join(folder, stem)) != key:
                 if members:
                     yield key, members
                 key, members = name, {}
             members[extension.lower()] = Member(info.offset_data, info.size)
-        if any(read_at(tar.fileobj, Member(max(0, tar.fileobj.seek(0, os.SEEK_END) - END), END))):
-            bad.append(f"after {key}: it has no end, and may be cut short")
+        if problem := after_the_end(tar.fileobj, tar.offset):
+            bad.append(f"after {key}: {problem}")
     except tarfile.ReadError as error:
         bad.append(f"after {key}: {error}")
     if members:
         yield key, members
+
+
+def after_the_end(file: BinaryIO, offset: int) -> str:
+    """What is wrong where the reader has stopped: a tar ends with zeros and nothing else."""
+    file.seek(offset)
+    first = block = file.read(1 << 20)
+    while block:
+        if block.strip(b"\0"):
+            return f"what follows from byte {offset} on cannot be read (damaged, or another tar after this one)"
+        block = file.read(1 << 20)
+    return "" if len(first) >= 512 else "it has no end, and may be cut short"
 
 
 def entry_of(key: str, members: dict[str, Member], file: BinaryIO, caption_column: str | None) -> Entry:
@@ -200,6 +218,8 @@ def caption_of(members: dict[str, Member], file: BinaryIO, caption_column: str |
     if "json" not in members:
         raise ValueError(f"no .json for --caption_column {caption_column}" if caption_column else "no .txt or .json")
     row = json.loads(read_at(file, members["json"]).decode("utf-8-sig"))
+    if not isinstance(row, dict):
+        raise ValueError(f"its .json is a {type(row).__name__}, wanted an object")
     names = [caption_column] if caption_column else JSON_COLUMNS
     for name in names:
         if name in row:
@@ -208,5 +228,9 @@ def caption_of(members: dict[str, Member], file: BinaryIO, caption_column: str |
 
 
 def read_at(file: BinaryIO, member: Member) -> bytes:
+    """Raises: ValueError where the file ends before."""
     file.seek(member.offset)
-    return file.read(member.size)
+    value = file.read(member.size)
+    if len(value) < member.size:
+        raise ValueError("cut short")
+    return value

@@ -11,6 +11,7 @@ from config import ExportJob
 from evaluation.records import TITLES
 from resume import Saved
 from util.checkpoint import PAINTER
+from util.hub import is_local
 
 RESULTS = ".eval_results"
 OPEN = "(fill in)"
@@ -19,7 +20,7 @@ OPEN = "(fill in)"
 def write(folder: Path, job: ExportJob, saved: Saved, checkpoint: Path) -> None:
     """README.md and .eval_results/ into the folder that is exported."""
     records = records_of(checkpoint, saved, job.weights)
-    (folder / "README.md").write_text(page(folder, job, saved, records), encoding="utf-8")
+    (folder / "README.md").write_text(page(job, saved, records), encoding="utf-8")
     for name, record in records.items():
         (folder / RESULTS).mkdir(exist_ok=True)
         (folder / RESULTS / f"{name}.yaml").write_text(yaml.safe_dump(entries(record, data_of(saved)), allow_unicode=True, sort_keys=False), encoding="utf-8")
@@ -53,27 +54,51 @@ def data_of(saved: Saved) -> str:
     return Path((saved.job.get("data") or {}).get("path") or OPEN).name
 
 
-def page(folder: Path, job: ExportJob, saved: Saved, records: dict[str, dict[str, Any]]) -> str:
-    model, text, train = saved.job["model"], saved.text, saved.job.get("train") or {}
-    language = text.get("llm", "")
-    reads = (
-        "class labels"
-        if not text
-        else f"captions, read by {Path(language).name if job.with_text_encoder else language} (frozen; layer {text['layer']}, {text['max_text_len']} tokens at most)"
-    )
-    world = saved.world
-    seen = f"{(saved.progress.step or 0) * world.effective_batch:,} pictures seen, batches of {world.effective_batch}" if world else OPEN
-    head = {
-        "license": job.licence, "library_name": "diffusers" if job.diffusers else "jit-t2i", "pipeline_tag": "text-to-image" if text else "unconditional-image-generation",
-        "tags": ["jit", "pixel-space"], **({"language": ["ja"], "base_model": [language]} if text and not Path(language).is_dir() else {}),
-    }  # fmt: skip
-    rows = [
-        ("model", model["name"]), ("pictures", f"{model['img_size']} x {model['img_size']}"), ("reads", reads), ("data", f"{data_of(saved)} {OPEN}"), ("steps", f"{saved.progress.step:,}" if saved.progress.step else OPEN),
-        ("training", seen), ("learning rate", f"{train['lr']:g}" if train.get("lr") else OPEN), ("weights", f"{'raw' if job.weights == 'raw' else f'average {job.weights}'}, {job.dtype}"), ("licence", f"{job.licence} {OPEN}"),
-    ]  # fmt: skip
-    lines = ["---", yaml.safe_dump(head, allow_unicode=True, sort_keys=False).strip(), "---", "", f"# {model['name']}", ""]
+def reader_of(text: dict[str, Any]) -> str:
+    """The language model: its name on the hub, or of a folder its last part."""
+    return Path(text["llm"]).name if is_local(text["revision"]) else text["llm"]
+
+
+def facts_of(job: ExportJob, saved: Saved) -> dict[str, str]:
+    """The card's table."""
+    model, text, world, step = saved.job["model"], saved.text, saved.world, saved.progress.step or 0
+    lr = (saved.job.get("train") or {}).get("lr")
+    tokens = f"frozen; layer {text['layer']}, {text['max_text_len']} tokens at most" if text else ""
+    return {
+        "model": model["name"],
+        "pictures": f"{model['img_size']} x {model['img_size']}",
+        "reads": f"captions, read by {reader_of(text)} ({tokens})" if text else "class labels",
+        "data": f"{data_of(saved)} {OPEN}",
+        "steps": f"{step:,}" if step else OPEN,
+        "training": f"{step * world.effective_batch:,} pictures seen, batches of {world.effective_batch}" if world else OPEN,
+        "learning rate": f"{lr:g}" if lr else OPEN,
+        "weights": f"{'raw' if job.weights == 'raw' else f'average {job.weights}'}, {job.dtype}",
+        "licence": f"{job.licence} {OPEN}",
+    }
+
+
+def head_of(job: ExportJob, text: dict[str, Any]) -> dict[str, Any]:
+    """What the hub reads."""
+    task = "text-to-image" if text else "unconditional-image-generation"
+    head = {"license": job.licence, "library_name": "diffusers" if job.diffusers else "jit-t2i", "pipeline_tag": task, "tags": ["jit", "pixel-space"]}
+    return head | ({"language": ["ja"]} if text else {}) | ({"base_model": [text["llm"]]} if text and not is_local(text["revision"]) else {})
+
+
+def page(job: ExportJob, saved: Saved, records: dict[str, dict[str, Any]]) -> str:
+    lines = ["---", yaml.safe_dump(head_of(job, saved.text), allow_unicode=True, sort_keys=False).strip(), "---", "", f"# {saved.job['model']['name']}", ""]
     lines += ["Trained with JiT-T2I: a plain Transformer that predicts the clean picture from its noise, in pixels, after JiT (arXiv:2511.13720).", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", "## Draw", "", "```python", *example(job, bool(text)), "```", ""]
+    lines += [
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in facts_of(job, saved).items()),
+        "",
+        "## Draw",
+        "",
+        "```python",
+        *example(job, bool(saved.text)),
+        "```",
+        "",
+    ]
     if records:
         lines += ["## Figures", "", "| figure | value | of |", "|---|---|---|"]
         lines += [f"| {TITLES.get(figure, figure)} | {value:.4g} | {name} |" for name, record in records.items() for figure, value in record["figures"].items()]

@@ -13,10 +13,13 @@ class JiTPipeline(DiffusionPipeline):
         self.register_modules(painter=painter)
 
     def to(self, *places, **options) -> "JiTPipeline":
-        """A device; the weights' type stays as it was exported."""
+        """A device, "cuda" or "cpu"; the weights' type stays as it was exported."""
         for value in (*places, options.get("device")):
             if isinstance(value, str | torch.device):
-                self.painter.device = torch.device(value).type
+                device = torch.device(value)
+                if device.type not in ("cuda", "cpu") or device.index:
+                    raise ValueError(f"{device}: it draws on the first GPU or on the CPU; choose another GPU by CUDA_VISIBLE_DEVICES")
+                self.painter.device = device.type
         return self
 
     def save_pretrained(self, save_directory: str, **options) -> None:

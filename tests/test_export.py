@@ -86,6 +86,12 @@ for folder, prompts, kind in json.loads(sys.argv[1]):
     for i, image in enumerate(pipe(prompts, seed=3).images):
         image.save(f"{kind}{i}.png")
     pipe.save_pretrained(kind)
+    try:
+        pipe.to("cuda:1")
+    except ValueError as error:
+        assert "CUDA_VISIBLE_DEVICES" in str(error)
+    else:
+        raise AssertionError("another GPU")
     pipe(prompts[0], guidance_scale=1.0, num_inference_steps=2, solver="euler", seed=4).images[0].save(f"{kind}-other.png")
 """
     (tmp_path / "elsewhere" / "datasets").mkdir(parents=True)
@@ -160,17 +166,32 @@ def test_what_cannot_be_exported_is_one_line(trained, llm_folder, tmp_path):
         (["--resume", tmp_path / "nothing", "--out", tmp_path / "new"], "no such file or folder"),
         (["--resume", trained, "--out", tmp_path / "new", "--with_text_encoder", "--llm_model_name", other], "holds other weights"),
         (["--resume", trained, "--out", tmp_path / "new", "--dtype", "fp16"], "--dtype fp16: wanted one of fp32, bf16"),
+        (["--resume", trained, "--out", "/proc/new", "--with_text_encoder"], "--out /proc/new cannot be written"),
+        (["--resume", trained, "--out", ".", "--with_text_encoder"], "is there already"),
     ]:
         with pytest.raises((UserError, SystemExit)) as error:
             export(*argv)
         assert "fp16" in argv or re.search(message, str(error.value)), error.value
         assert not (tmp_path / "new").exists()
+    moved = trained / "moved.pth"
+    state = torch.load(trained / "checkpoint-last.pth", weights_only=True)
+    torch.save(state | {"text": state["text"] | {"llm": "/home/alice/llm"}}, moved)
+    for argv, message in [
+        ([], "the local folder /home/alice/llm, which others do not have"),
+        (["--with_text_encoder"], "the language model's folder /home/alice/llm is not there any more; say where it is by --llm_model_name"),
+        (["--with_text_encoder", "--llm_model_name", other], "holds other weights"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            export("--resume", moved, "--out", tmp_path / "new", *argv)
+    found = export("--resume", moved, "--out", tmp_path / "new", "--with_text_encoder", "--llm_model_name", llm_folder())
+    assert not any("alice" in path.read_text(encoding="utf-8") for path in (found / "README.md", found / "config.json"))
     (st / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(UserError, match="the exported model cannot be read"):
         load_painter(st)
-    (st / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match="cannot be read|of no model of this code"):
-        load_painter(st)
+    for content in ("{}", '{"format": "jit-t2i", "version": 1}'):
+        (found / "config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match="of no model of this code"):
+            load_painter(found)
     assert not exported.is_exported(tmp_path)
 
 

@@ -122,6 +122,11 @@ def test_what_a_drawing_run_takes_from_its_checkpoint():
     assert (job.run.seed, job.data.path, job.run.output_dir, job.text.cache, job.text.folder) == (0, "here", "out", "memory", None)
     assert job.averages.decay1 == 0.5  # what the averages were made with
 
+    table = saved_of(parse([*TRAINED, "--data_format", "table", "--image_root", "pictures", "--caption_column", "cap"]), TEXT)
+    kept, other = (completed(parse(["--generate", "--resume", "x", *more]), table).data for more in ([], ["--data_path", "here"]))
+    assert (kept.format, kept.image_root, kept.caption_column) == ("table", "pictures", "cap")
+    assert (other.format, other.image_root, other.caption_column) == ("auto", None, None)  # they belong to the other data
+
     job = completed(parse(["--sweep", "--resume", "x", "--eval_ema", "1,raw"]), saved)
     assert (job.sweep.weights, job.sweep.scales, job.sweep.intervals) == (("1", "raw"), (2.9,), ((0.1, 1.0),))
     job = completed(parse(["--sweep", "--resume", "x", "--interval", "0-1,0.1-1"]), saved)  # guided, as the checkpoint says

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from datasets.stream import PictureDataset, View
 from datasets.transforms import center_crop, random_crop
 from flags import parse
 from main_jit import run as run_job
+from util.broken import Broken
 from util.errors import UserError
 
 COUNT = 200
@@ -216,3 +218,79 @@ def test_a_random_crop_is_a_function_of_the_sample_and_of_adms_sizes(tmp_path):
     assert np.array_equal(random_crop(square, 40, (0, 0.9, 0.9)), center_crop(square, 40))
     largest = square.resize((50, 50), Image.Resampling.BICUBIC)  # 40 / 0.8
     assert np.array_equal(random_crop(square, 40, (0.999, 0, 0)), np.asarray(largest)[:40, :40])
+
+
+def test_damage_in_a_shard_is_named_and_no_text_is_cut(pictures, tmp_path):
+    samples = [(f"{i:03d}.{kind}", content) for i in range(COUNT) for kind, content in (("png", pictures[i]), ("txt", f"{i}番".encode()))]
+    shard = write_tar(tmp_path / "0.tar", samples)
+    whole = shard.read_bytes()
+    broken = bytearray(whole)
+    with tarfile.open(shard) as tar:
+        header = tar.getmember("150.png").offset
+    broken[header : header + 512] = b"\xff" * 512
+    for content, count, words in (
+        (bytes(broken), 150, f"after 149: what follows from byte {header} on cannot be read"),
+        (whole + whole, COUNT, "after 199: what follows from byte"),
+        (whole[: header + 100], 150, "after 149: (it has no end|unexpected end of data|what follows)"),
+    ):
+        shard.write_bytes(content)
+        data = open_text(tmp_path)
+        assert len(data) == count and len(data.bad) == 1 and re.search(words, data.bad[0]), data.bad
+    with tarfile.open(write_tar(shard, samples)) as tar:
+        text = tar.getmember("199.txt")
+    shard.write_bytes(whole[: text.offset_data + 3])  # within its first letters
+    data = open_text(tmp_path)
+    assert len(data) == COUNT - 1 and "199: cut short" in data.bad[-1]
+
+
+def test_shards_of_macos_upper_case_names_and_odd_json(pictures, tmp_path):
+    samples = [("._000.png", b"x"), ("000.PNG", pictures[0]), ("._000.txt", b"x"), ("000.TXT", "赤".encode())]
+    samples += [(f"{i:03d}.{kind}", content) for i in range(1, COUNT) for kind, content in (("png", pictures[i]), ("txt", b"x"))]
+    odd = [("a.png", pictures[0]), ("a.json", b'[{"caption": "x"}]'), ("b.png", pictures[0]), ("b.json", b'{"caption": "\\ud83d"}')]
+    write_tar(tmp_path / "0.TAR", samples + odd)
+    data = open_text(tmp_path / "0.TAR")
+    assert len(data) == len(open_text(tmp_path)) == COUNT and data.captions[0] == "赤"
+    assert ["wanted an object" in data.bad[0], "half a character" in data.bad[1]] == [True, True] and len(data.bad) == 2
+
+
+def test_csv_rows_with_a_comma_too_many_and_folders_in_the_place_of_files(pictures, tmp_path):
+    names = write_files(tmp_path, pictures, ".png")
+    (tmp_path / "folder.png").mkdir()
+    lines = ["image,text", *(f"{name},x" for name in names), f"{names[0]},a red, round ball", "folder.png,x"]
+    (tmp_path / "a.CSV").write_text("\n".join(lines), encoding="utf-8")
+    data = open_text(tmp_path / "a.CSV")
+    assert len(data) == COUNT and "wants quotes" in data.bad[0] and "no file" in data.bad[1]
+    with pytest.raises(UserError, match="no column nothing; there are image, text"):
+        open_text(tmp_path / "a.CSV", caption_column="nothing")
+
+
+def test_what_is_no_parquet_and_no_table_is_one_line(tmp_path):
+    (tmp_path / "a.parquet").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    (tmp_path / "b.parquet").mkdir()
+    for path in (tmp_path / "a.parquet", tmp_path):
+        with pytest.raises(UserError, match="cannot be read as Parquet .* pointer of git-lfs") as error:
+            open_text(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no table; wanted one that ends in"):
+        open_text(tmp_path, format="table")
+    (tmp_path / "a.parquet").unlink()
+    (tmp_path / "x.tar").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="x.tar cannot be read"):
+        open_text(tmp_path)
+
+
+def test_the_start_and_the_run_agree_on_a_hundredth(pictures, tmp_path):
+    names = write_files(tmp_path, pictures, ".png")
+    data = open_text(write_jsonl(tmp_path / "a.jsonl", [*({"image": name, "text": "x"} for name in names[:198]), {"image": "none", "text": "x"}, "no row"]))
+    Broken(tmp_path, len(data) + len(data.bad), "skip", data.bad).write()
+    with pytest.raises(UserError, match="over 1 %"):
+        Broken(tmp_path, len(data) + len(data.bad), "skip", data.bad).note(["another: broken"])
+
+
+def test_a_fingerprint_is_of_the_names_wherever_the_data_lies(pictures, tmp_path, monkeypatch):
+    for route in ("table.jsonl", "tar", "parquet", "folder"):
+        path, more = write(route, tmp_path / "one" / route, pictures[:3])
+        again, other = write(route, tmp_path / "two" / route, pictures[:3])
+        monkeypatch.chdir(path.parent)
+        found = {open_text(one, **kept).fingerprint(one) for one, kept in ((path, more), (again, other), (path.name, more))}
+        assert len(found) == 1, route

@@ -6,13 +6,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, in_ranks
 from PIL import Image
 from test_training import flags, run
 
 from config import SamplerConfig
 from sampling import load_painter
 from text_encoder import LanguageModel
+from util import distributed as dist
 from util.errors import UserError
 
 PROMPTS = ["赤い三", "夕焼けの海辺を走る柴犬", "富士山と桜"]
@@ -45,6 +46,17 @@ def test_a_painter_draws_what_generate_draws(trained, llm_folder, tmp_path, monk
     moved = tmp_path / "moved"
     shutil.copytree(llm_folder(), moved)
     assert torch.equal(load_painter(trained, device="cpu", llm=str(moved))(PROMPTS), pictures)
+
+
+def test_each_rank_may_draw_prompts_of_its_own(trained):
+    whole = load_painter(trained, device="cpu")(PROMPTS)
+
+    def draw():
+        painter, mine = load_painter(trained, device="cpu"), PROMPTS[dist.rank() :]
+        pictures = [painter(mine, first=dist.rank()) for _ in range(1 + dist.rank())]  # the second rank once more, alone
+        assert (pictures[-1].int() - whole[dist.rank() :].int()).abs().max() <= 1
+
+    in_ranks(2, draw)
 
 
 def test_a_painter_of_classes_takes_labels(class_data, tmp_path):

@@ -47,6 +47,11 @@ def digest_of_weights(folder: Path) -> str:
     return "sha256:" + hashlib.sha256(b"".join(map(bytes.fromhex, parts))).hexdigest()[:32]
 
 
+def is_local(revision: str) -> bool:
+    """Whether what `revision_of` has said is of a folder, and of no model of the hub."""
+    return revision.startswith("sha256:")
+
+
 def revision_of(name: str, revision: str | None = None) -> str:
     """The hub's commit, or the hash of a local folder's weights, which are read for it."""
     from transformers.utils.hub import cached_file, extract_commit_hash

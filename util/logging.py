@@ -21,8 +21,7 @@ def say(text: str) -> None:
 def progress(total: int, what: str, initial: int = 0, unit: str = "step") -> tqdm:
     """A bar with speed and time left; where the output is a file it is redrawn more rarely."""
     interval = 0.5 if sys.stderr.isatty() else 5.0
-    delay = 1.0 if unit == "caption" else 0.0  # a few prompts take no time
-    bar = tqdm(total=total, initial=initial, desc=what, unit=unit, mininterval=interval, maxinterval=interval, delay=delay, disable=not dist.is_main())
+    bar = tqdm(total=total, initial=initial, desc=what, unit=unit, mininterval=interval, maxinterval=interval, disable=not dist.is_main())
     OPEN_BARS.add(bar)
     return bar
 
