@@ -10,7 +10,8 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -96,11 +97,10 @@ def index_missing(shards: Sequence[Path], caption_column: str | None, folder: Pa
     if wanted:
         say(f"{len(wanted)} of {len(shards)} tar files are indexed once, in {folder}")
         mine = wanted[dist.rank() :: dist.world_size()]
+        facts = [facts_of(shards[number], caption_column) for number in mine]  # of before: a shard may still be written to
         with progress(len(mine), "index", unit="file") as bar:
-            for number in mine:
-                facts = facts_of(shards[number], caption_column)  # of before: it may still be written to
-                index = make_index(shards[number], caption_column)
-                if not keep(kept_at(folder, shards[number]), index, facts):
+            for number, known, index in zip(mine, facts, make_indices([shards[number] for number in mine], caption_column)):
+                if not keep(kept_at(folder, shards[number]), index, known):
                     unkept[number] = index
                 bar.update()
     if any(found := dist.gather_objects(unkept)):
@@ -150,6 +150,17 @@ def keep(path: Path, index: Index, facts: list) -> bool:
     except OSError:
         return False
     return True
+
+
+def make_indices(shards: Sequence[Path], caption_column: str | None) -> Iterator[Index]:
+    """In as many processes as this rank has cores."""
+    count = min(len(shards), len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    make = partial(make_index, caption_column=caption_column)
+    if count < 2:
+        yield from map(make, shards)
+        return
+    with get_context("fork").Pool(count) as pool:
+        yield from pool.imap(make, shards)
 
 
 def make_index(shard: Path, caption_column: str | None) -> Index:

@@ -59,6 +59,7 @@ def add_code(folder: Path) -> None:
         path.write_text(renamed(source, package, tops), encoding="utf-8")
     for inner in {path.parent for path in (folder / PAINTER / package).rglob("*.py")} | {folder / PAINTER / package}:
         (inner / "__init__.py").write_text("", encoding="utf-8")
+    shutil.copyfile(ROOT / "LICENSE", folder / PAINTER / package / "LICENSE")  # which it asks of copies
     shutil.copyfile(ROOT / "exporting" / "pipeline.py", folder / "pipeline.py")
     shutil.copyfile(ROOT / "exporting" / "painter.py", folder / PAINTER / "painter.py")
     index = {"_class_name": ["pipeline", "JiTPipeline"], "_diffusers_version": "0.30.0", PAINTER: ["painter", "JiTPainter"]}

@@ -104,6 +104,7 @@ for folder, prompts, kind in json.loads(sys.argv[1]):
         assert [(tmp_path / "elsewhere" / f"{kind}{i}.png").read_bytes() for i in range(3)] == wanted[kind]
         assert (tmp_path / "elsewhere" / f"{kind}-other.png").read_bytes() not in wanted[kind]
         assert (tmp_path / "elsewhere" / kind / "painter" / "model.safetensors").is_file()
+    assert len(list((tmp_path / "df" / "text").glob("painter/jit_t2i_*/LICENSE"))) == 1
     assert as_png(load_painter(tmp_path / "df" / "text", device="cpu")(PROMPTS, seed=3), tmp_path / "inside") == wanted["text"]
 
 

@@ -174,7 +174,7 @@ def test_an_index_is_made_once_and_anew_where_its_shard_has_changed(pictures, tm
     before = list(open_text(path).captions)
     made = []
     make = datasets.tar.make_index
-    monkeypatch.setattr(datasets.tar, "make_index", lambda shard, column: made.append(shard.name) or make(shard, column))
+    monkeypatch.setattr(datasets.tar, "make_index", lambda shard, caption_column: made.append(shard.name) or make(shard, caption_column))
     assert list(open_text(path).captions) == before and not made and sorted(one.suffix for one in (path / "tar_index").iterdir()) == [".json"] * 3
     write_tar(path / "00001.tar", [("x.png", pictures[0]), ("x.txt", "別の".encode())])
     assert len(open_text(path)) == 7 and made == ["00001.tar"]
