@@ -23,6 +23,7 @@ from util import distributed as dist
 from util.errors import UserError
 from util.files import write_whole
 from util.logging import progress, say
+from util.stopping import in_worker
 
 VERSION = 1
 TAIL = 256  # bytes at the end of a picture that, with its size, tell it from others
@@ -159,7 +160,7 @@ def make_indices(shards: Sequence[Path], caption_column: str | None) -> Iterator
     if count < 2:
         yield from map(make, shards)
         return
-    with get_context("fork").Pool(count) as pool:
+    with get_context("fork").Pool(count, in_worker, (0,)) as pool:  # signals are the run's matter
         yield from pool.imap(make, shards)
 
 
