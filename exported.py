@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from text_encoder import DTYPES
 from util.checkpoint import EXPORTED, WEIGHTS
 from util.errors import UserError, one_line
 
@@ -19,11 +19,6 @@ FORMAT = "jit-t2i"
 VERSION = 1
 TEXT_ENCODER = "text_encoder"  # folder of the language model, where it is brought along
 STATISTICS = "text."  # before the names of the features' statistics, beside the network's "net."
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def is_exported(path: Path) -> bool:
-    return (path / EXPORTED).is_file() and (path / WEIGHTS).is_file()
 
 
 def write(folder: Path, weights: Mapping[str, Tensor], text: Mapping[str, Any], facts: Mapping[str, Any], dtype: str) -> None:

@@ -123,7 +123,7 @@ def read(path: Path, start_epoch: int | None = None, flag: str = "--resume") -> 
     if released.is_released(path):
         weights, job, text = released.read(path, flag)
         return Saved(path, weights, [weights, weights], {}, Progress(epoch=0), None, job, text)
-    if exported.is_exported(path):
+    if checkpoint.is_exported(path):
         weights, job, text, step = exported.read(path, flag)
         return Saved(path, weights, [weights, weights], {}, Progress(epoch=0, step=step), None, job, text)
     state = checkpoint.load(path, flag)

@@ -70,6 +70,16 @@ class Texts(Sequence):
         return disk.keys_of(map(normalize, self))
 
 
+def in_parts(chosen: np.ndarray) -> list[np.ndarray]:
+    """As many as a shard holds."""
+    return [chosen[start : start + disk.SHARD_ROWS] for start in range(0, len(chosen), disk.SHARD_ROWS)]
+
+
+def encoded(encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray, part: np.ndarray) -> dict[str, Tensor]:
+    """What a shard of those texts holds."""
+    return {"keys": disk.key_array(keys[part]), **encoder.encode_all([texts[i] for i in part])}
+
+
 def encode_shares(
     encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray, chosen: np.ndarray, done: Callable[[np.ndarray], bool] | None = None
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
@@ -78,7 +88,7 @@ def encode_shares(
     With `done`, asked by a part's keys, parts that are done are left out, and after its own share a rank helps the others with theirs.
     Every rank of every job takes its parts in an order of its own, so that several jobs on one store share the work too.
     """
-    parts = [chosen[start : start + disk.SHARD_ROWS] for start in range(0, len(chosen), disk.SHARD_ROWS)]
+    parts = in_parts(chosen)
     own = parts[dist.rank() :: dist.world_size()]
     others = [part for i, part in enumerate(parts) if i % dist.world_size() != dist.rank()] if done else []
     for share in (own, others):
@@ -86,14 +96,14 @@ def encode_shares(
     with progress(sum(map(len, own)), "captions", unit="caption") as bar:
         for i, part in enumerate(own + others):
             if not (done and done(keys[part])):
-                yield keys[part], {"keys": disk.key_array(keys[part]), **encoder.encode_all([texts[i] for i in part])}
+                yield keys[part], encoded(encoder, texts, keys, part)
             bar.update(len(part) if i < len(own) else 0)
 
 
 def in_memory(encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray) -> FeatureRows:
     """Features of all `texts` on every rank.  Collective."""
     mine = [arrays for _, arrays in encode_shares(encoder, texts, keys, disk.first_of_each(keys))]
-    mine.append({"keys": disk.key_array(keys[:0]), **encoder.encode_all([])})  # a rank may have no share
+    mine.append(encoded(encoder, texts, keys, np.arange(0)))  # a rank may have no share
     return joined(mine, dist.gather_rows)
 
 
@@ -333,25 +343,26 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
     row_of[texts.training_lines], row_of[texts.other_lines] = own, other_rows
     if source.encoder.pooling == "tokens":
         conditions = LiveTokens(encoder, texts.captions, length, norm) if source.cache == "off" else StoredTokens(features, row_of, length, norm)
-        prompts = packed(*features.tokens(prompt_rows), length, norm)
     else:
-        null = norm(features(null_row))
+        null = read_rows(features, null_row, source.encoder, norm)
         conditions = LiveText(encoder, texts.captions, null, norm) if source.cache == "off" else StoredText(features, row_of, null, norm)
-        prompts = norm(features(prompt_rows))
+    prompts = read_rows(features, prompt_rows, source.encoder, norm)
     return Conditioning(conditions, prompts, description, features.width, frozen, bytes_each(features, distinct, source.encoder))
 
 
 def conditions_of_prompts(encoder: TextEncoder, prompts: Sequence[str], norm: Callable[[Tensor], Tensor]) -> tuple[Tensor | PackedText, Y]:
     """y of prompts and of nothing, encoded together as one process does in `prepare`, so that the numbers are the same to the bit."""
-    texts, length = Texts((), np.arange(0), prompts=prompts), encoder.config.max_text_len
+    texts, config = Texts((), np.arange(0), prompts=prompts), encoder.config
     keys = texts.keys()
-    chosen, size = disk.first_of_each(keys), disk.SHARD_ROWS
-    shards = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-    features = joined([{"keys": disk.key_array(keys[part]), **encoder.encode_all([texts[i] for i in part])} for part in shards], lambda rows: rows.cpu())
+    features = joined([encoded(encoder, texts, keys, part) for part in in_parts(disk.first_of_each(keys))], lambda rows: rows.cpu())
     rows = features.find(keys)
-    if encoder.config.pooling == "tokens":
-        return packed(*features.tokens(rows[:-1]), length, norm), Text.null(length, features.width)
-    return norm(features(rows[:-1])), norm(features(rows[-1:]))
+    null = Text.null(config.max_text_len, features.width) if config.pooling == "tokens" else read_rows(features, rows[-1:], config, norm)
+    return read_rows(features, rows[:-1], config, norm), null
+
+
+def read_rows(features: FeatureRows, rows: np.ndarray, config: TextConfig, norm: Callable[[Tensor], Tensor]) -> Tensor | PackedText:
+    """y of those rows of a store."""
+    return packed(*features.tokens(rows), config.max_text_len, norm) if config.pooling == "tokens" else norm(features(rows))
 
 
 def bytes_each(features: FeatureRows, rows: np.ndarray, config: TextConfig) -> int:

@@ -7,6 +7,7 @@ from typing import BinaryIO
 import numpy as np
 
 from datasets.stream import PackedStrings, PictureDataset, View
+from util.errors import UserError
 from util.randomness import uniform
 
 
@@ -48,13 +49,19 @@ class CaptionedPictures(PictureDataset):
         return list(dict.fromkeys(self.captions))
 
 
+def not_utf8(what: object) -> UserError:
+    return UserError(f"{what} is not UTF-8; convert it, for instance: iconv -f SHIFT_JIS -t UTF-8 FILE")
+
+
 def several(value: object) -> tuple[str, ...]:
     """The captions of a row: of a text, or of a list of texts.  Raises: ValueError for anything else, and where none holds text."""
     texts = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"a caption is {next(type(text).__name__ for text in texts if not isinstance(text, str))}, wanted text")
-    if any(0xD800 <= ord(letter) < 0xE000 for text in texts for letter in text):
-        raise ValueError("a caption that holds half a character")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a caption that holds half a character") from None
     found = tuple(line for text in texts if (line := " ".join(text.split("\n")).strip()))
     if not found:
         raise ValueError("no caption")

@@ -37,9 +37,8 @@ class Columns(NamedTuple):
     has_path: bool
 
 
-def columns_of(table: Path, image_column: str | None, caption_column: str | None) -> Columns:
+def columns_of(schema: Any, table: Path, image_column: str | None, caption_column: str | None) -> Columns:
     """Raises: UserError where one is not there, or pictures are not inside."""
-    schema = open_parquet(table).schema_arrow
     image = column(schema.names, image_column, IMAGE_COLUMNS, table, "--image_column")
     kind = schema.field(image).type
     if (inside := bytes_of(kind)) is None:
@@ -58,11 +57,12 @@ def find_pictures(tables: Sequence[Path], image_column: str | None, caption_colu
     """The rows of the tables, one after another; only captions and paths are read.  Raises: UserError where a column is not there."""
     found, groups, sizes, usable, seen, at = Rows([], []), [], [], [], set(), 0
     for table in tables:
-        columns, metadata = columns_of(table, image_column, caption_column), open_parquet(table).metadata
-        for number in range(metadata.num_row_groups):
+        file = open_parquet(table)
+        columns = columns_of(file.schema_arrow, table, image_column, caption_column)
+        for number in range(file.num_row_groups):
             groups.append((str(table), number, columns.image, columns.inside))
-            sizes.append(metadata.row_group(number).num_rows)
-        for number, (caption, path) in enumerate(read_captions(table, columns), 1):
+            sizes.append(file.metadata.row_group(number).num_rows)
+        for number, (caption, path) in enumerate(captions_and_paths(file, columns), 1):
             at += 1
             try:
                 lines = several(caption)
@@ -80,10 +80,10 @@ def find_pictures(tables: Sequence[Path], image_column: str | None, caption_colu
     return found
 
 
-def read_captions(table: Path, columns: Columns) -> Iterator[tuple[Any, str | None]]:
-    """Caption and path of each row."""
+def captions_and_paths(file: Any, columns: Columns) -> Iterator[tuple[Any, str | None]]:
+    """Of each row."""
     names = [columns.caption, *([f"{columns.image}.path"] if columns.has_path else [])]
-    for batch in open_parquet(table).iter_batches(columns=names, use_threads=False):
+    for batch in file.iter_batches(columns=names, use_threads=False):
         captions = batch.column(columns.caption).to_pylist()
         paths = batch.column(columns.image).field("path").to_pylist() if columns.has_path else [None] * len(captions)
         yield from zip(captions, paths)

@@ -310,7 +310,7 @@ def related_spots(scene: Scene, rng: random.Random, spread: float) -> list[Spot]
     return [Spot(thing, x, y, radius) for thing, x, y, radius in zip(scene.things, *axes, radii)]
 
 
-def beside(counts: tuple[int, ...], rng: random.Random) -> list[tuple[int, int]]:
+def cells_of_counts(counts: tuple[int, ...], rng: random.Random) -> list[tuple[int, int]]:
     """Cells (column, row) of three by three: the first kind's in two columns, the second's in the third, on the left or on the right of it."""
     mirrored = rng.random() < 0.5
     found = [divmod(cell, 3) for cell in [*rng.sample(range(6), counts[0]), *rng.sample(range(6, 9), counts[1])]]
@@ -322,7 +322,7 @@ def layout(scene: Scene, rng: random.Random, spread: float = SPREAD) -> list[Spo
     if scene.relations:
         return related_spots(scene, rng, spread)
     if scene.counts:
-        middles, reach = [((column + 0.5) / 3, (row + 0.5) / 3) for column, row in beside(scene.counts, rng)], 2 / 64
+        middles, reach = [((column + 0.5) / 3, (row + 0.5) / 3) for column, row in cells_of_counts(scene.counts, rng)], 2 / 64
     else:
         middles, reach = [PLACES[scene.place]], 1.4 / 32
     return [Spot(thing, around(x, reach, rng), around(y, reach, rng), rng.uniform(*RADII[scene.level])) for thing, (x, y) in zip(scene.drawn(), middles)]

@@ -80,19 +80,27 @@ def tables_of(path: Path) -> list[Path]:
     return sorted(path.glob("metadata.*")) if path.is_dir() else [path]
 
 
-def below(path: Path, suffix: str) -> list[Path]:
-    """Files of that kind in a folder and in the folders in it, in order, or the file itself; folders of single pictures are not searched."""
-    if not path.is_dir():
-        return [path] if path.suffix.lower() == suffix else []
-    folders = [path, *(one for one in path.iterdir() if one.is_dir() and one.name not in ("images", "captions", "train") and not one.name.startswith("."))]
-    found = (one for folder in folders for one in folder.iterdir() if one.suffix.lower() == suffix and not one.name.startswith("."))
-    return sorted(one for one in found if not one.is_dir())
+def packed_in(path: Path) -> dict[str, list[Path]]:
+    """Tar and Parquet files in a folder and in the folders in it, in order, or the file itself; folders of single pictures are not searched.
 
-
-def parquet_of(path: Path) -> list[Path]:
-    """Without what img2dataset writes beside its shards, and without tables of an image folder."""
-    shards = {shard.with_suffix("") for shard in below(path, ".tar")}
-    return [table for table in below(path, ".parquet") if table.with_suffix("") not in shards and table.stem != "metadata"]
+    Without what img2dataset writes beside its shards, and without tables of an image folder. Millions of pictures may lie beside them: none is looked at.
+    """
+    found: dict[str, list[Path]] = {".tar": [], ".parquet": []}
+    folders, files = [path] if path.is_dir() else [], [] if path.is_dir() else [path]
+    for folder in folders:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if not entry.is_dir():
+                    files += [Path(entry.path)] if entry.name.lower().endswith((*found,)) else []
+                elif folder == path and entry.name not in ("images", "captions", "train"):
+                    folders.append(Path(entry.path))
+    for file in sorted(files):
+        found.get(file.suffix.lower(), []).append(file)
+    shards = {shard.with_suffix("") for shard in found[".tar"]}
+    found[".parquet"] = [table for table in found[".parquet"] if table.with_suffix("") not in shards and table.stem != "metadata"]
+    return found
 
 
 def open_table(path: Path, data: Data) -> Rows:
@@ -107,8 +115,8 @@ def open_table(path: Path, data: Data) -> Rows:
 FORMATS: dict[str, Callable[[Path, Data], Rows]] = {
     "folder": lambda path, data: find_pairs(path),
     "table": open_table,
-    "parquet": lambda path, data: find_pictures(parquet_of(path), data.image_column, data.caption_column),
-    "tar": lambda path, data: find_samples(below(path, ".tar"), data.caption_column, beside(path, "tar_index")),
+    "parquet": lambda path, data: find_pictures(packed_in(path)[".parquet"], data.image_column, data.caption_column),
+    "tar": lambda path, data: find_samples(packed_in(path)[".tar"], data.caption_column, beside(path, "tar_index")),
 }
 WANTED = (
     f"images/NAME ({' '.join(sorted(EXTENSIONS))}) with captions/NAME.txt, a table ({' '.join(SUFFIXES)}, or metadata.* in a folder), "
@@ -119,11 +127,12 @@ WANTED = (
 def formats_of(path: Path) -> list[str]:
     """What there is, as far as names say."""
     if path.is_dir():
+        packed = packed_in(path)
         found = {
             "folder": (path / "images").is_dir() and (path / "captions").is_dir(),
             "table": any(table.suffix.lower() in SUFFIXES for table in tables_of(path)),
-            "parquet": bool(parquet_of(path)),
-            "tar": bool(below(path, ".tar")),
+            "parquet": bool(packed[".parquet"]),
+            "tar": bool(packed[".tar"]),
         }
         return [name for name, there in found.items() if there]
     return {".tar": ["tar"], ".parquet": ["table", "parquet"]}.get(path.suffix.lower(), ["table"] if path.suffix.lower() in SUFFIXES else [])

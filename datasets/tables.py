@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.captioned import Rows, several
+from datasets.captioned import Rows, not_utf8, several
 from util.errors import UserError, one_line
 
 IMAGE_COLUMNS = ("image", "file_name")  # where no --image_column is given, the first that is there
@@ -58,7 +58,7 @@ def read_table(table: Path) -> list[Row]:
     try:
         return list(READERS[table.suffix.lower()](table))
     except UnicodeDecodeError as error:
-        raise UserError(f"--data_path {table} is not UTF-8; convert it, for instance: iconv -f SHIFT_JIS -t UTF-8 FILE") from error
+        raise not_utf8(f"--data_path {table}") from error
     except UserError:
         raise
     except (OSError, ValueError, csv.Error, KeyError, TypeError) as error:
@@ -97,19 +97,14 @@ def read_json(table: Path) -> Iterator[Row]:
     yield from ({"image": picture.get("file_name"), "text": captions.get(picture["id"], [])} for picture in content["images"])
 
 
-def pyarrow_parquet(table: Path):
-    """The module that reads them.  Raises: UserError where it is not installed."""
+def open_parquet(table: Path, **options: bool):
+    """A ParquetFile.  Raises: UserError where it is none, or pyarrow is not installed."""
     try:
-        import pyarrow.parquet
+        from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise UserError(f"--data_path {table} is Parquet, which needs pyarrow: pip install pyarrow") from error
-    return pyarrow.parquet
-
-
-def open_parquet(table: Path, **options: bool):
-    """A ParquetFile.  Raises: UserError where it is none."""
     try:
-        return pyarrow_parquet(table).ParquetFile(table, **options)
+        return ParquetFile(table, **options)
     except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
         raise UserError(f"--data_path {table} cannot be read as Parquet ({one_line(error)}); is it whole, and no pointer of git-lfs?") from error
 

@@ -147,7 +147,7 @@ def keep(path: Path, index: Index, facts: list) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(line) + "\n" for line in (facts, (len(index.entries), index.bad), *index.entries))
-        write_whole(path, lambda file: file.write(text.encode()), mark=f".{os.uname().nodename}.{os.getpid()}")
+        write_whole(path, lambda file: file.write(text.encode()), shared=True)
     except OSError:
         return False
     return True

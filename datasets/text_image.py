@@ -3,7 +3,7 @@
 import unicodedata
 from pathlib import Path
 
-from datasets.captioned import Rows
+from datasets.captioned import Rows, not_utf8
 from util.errors import UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
@@ -27,7 +27,7 @@ def read_captions(path: Path) -> tuple[str, ...]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8; convert it, for instance: iconv -f SHIFT_JIS -t UTF-8 FILE") from error
+        raise not_utf8(path) from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 

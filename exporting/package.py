@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from util.checkpoint import PAINTER
@@ -19,10 +20,10 @@ def modules() -> dict[str, Path]:
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
 
 
-def imports_of(source: str, known: dict[str, Path]) -> set[str]:
-    """Modules of ours that a source imports."""
+def imports_of(tree: ast.AST, known: Collection[str]) -> set[str]:
+    """Those of the `known` modules that a module imports, wherever in its file."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -37,7 +38,7 @@ def needed(entry: str) -> dict[str, str]:
         name = left.pop()
         if name not in found:
             found[name] = known[name].read_text(encoding="utf-8")
-            left += imports_of(found[name], known)
+            left += imports_of(ast.parse(found[name]), known)
     return found
 
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from test_training import flags, run
 
 import export as program
-import exported
 from datasets.transforms import to_image
 from flags import parse_export
 from sampling import load_painter
+from util import checkpoint
 from util.errors import UserError
 
 PROMPTS = ["赤い三", "夕焼けの海辺を走る柴犬", "富士山と桜"]
@@ -193,7 +193,7 @@ def test_what_cannot_be_exported_is_one_line(trained, llm_folder, tmp_path):
         (found / "config.json").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match="of no model of this code"):
             load_painter(found)
-    assert not exported.is_exported(tmp_path)
+    assert not checkpoint.is_exported(tmp_path)
 
 
 def test_push_uploads_the_folder_to_the_hub(trained, tmp_path, monkeypatch):

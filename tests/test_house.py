@@ -8,6 +8,8 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
+from exporting import package
+
 FLOORS = {
     5: ("main_jit", "cache_text", "prepare_ref", "export"),
     4: ("flags", "prepare", "evaluation", "exporting"),
@@ -25,14 +27,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 
 
 def imports_of(name: str) -> set[str]:
-    """Modules of ours that it imports, wherever in the file."""
-    found = set()
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found & set(MODULES)
+    """Modules of ours that it imports."""
+    return package.imports_of(TREES[name], MODULES)
 
 
 def test_imports_go_down_only():

@@ -1,6 +1,5 @@
 """Broken pictures, those that cannot be read: how many a data set may have, and the list of those that were met."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +60,6 @@ class Broken:
         try:
             before = self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if self.path.exists() else []
             text = "\n".join(sorted({*before, *self.lines})) + "\n"
-            write_whole(self.path, lambda file: file.write(text.encode("utf-8", "surrogateescape")), mark=f".{os.uname().nodename}.{os.getpid()}")
+            write_whole(self.path, lambda file: file.write(text.encode("utf-8", "surrogateescape")), shared=True)
         except OSError as error:
             say(f"warning: {self.path} cannot be written ({error.strerror})")

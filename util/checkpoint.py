@@ -126,6 +126,10 @@ def remove_old(newest: Path, keep_last: int | None) -> None:
             path.unlink(missing_ok=True)
 
 
+def is_exported(folder: Path) -> bool:
+    return (folder / EXPORTED).is_file() and (folder / WEIGHTS).is_file()
+
+
 def find(resume: str, output_dir: str, flag: str = "--resume") -> Path | None:
     """The file that --resume, or another flag, means: itself, or the last checkpoint in the folder; or a folder that is exported, or as MiniT2I's are.
 
@@ -139,7 +143,7 @@ def find(resume: str, output_dir: str, flag: str = "--resume") -> Path | None:
     if (path / RELEASED).is_file():
         return path
     for folder in (path, path / PAINTER):
-        if (folder / EXPORTED).is_file() and (folder / WEIGHTS).is_file():
+        if is_exported(folder):
             return folder
     numbered = numbered_in(path)
     if output_dir and path.resolve() == Path(output_dir).resolve() and not numbered:

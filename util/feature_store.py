@@ -9,7 +9,6 @@ take each other's shards as done, and new captions are new shards.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +53,7 @@ def settings_digest(manifest: Mapping[str, Any]) -> str:
 def write_beside(path: Path, content: bytes) -> None:
     """Raises: UserError where it cannot be written, with nothing left behind."""
     try:
-        write_whole(path, lambda file: file.write(content), mark=f".{os.uname().nodename}.{os.getpid()}")
+        write_whole(path, lambda file: file.write(content), shared=True)
     except OSError as error:
         raise UserError(
             f"--text_cache_dir {path.parent} cannot be written to: {error.strerror}; what was stored before is whole. Make room, or name another folder"

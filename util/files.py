@@ -13,11 +13,12 @@ from util.errors import UserError
 from util.logging import say
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any], mark: str = "") -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any], shared: bool = False) -> None:
     """`write` beside, sync, rename: `path` holds the old file or the new one, never half of one.
 
-    `mark` tells the half-written files of several jobs apart.  Raises: OSError, with nothing left behind.
+    `shared`: several jobs may write it, so their half-written files are told apart.  Raises: OSError, with nothing left behind.
     """
+    mark = f".{os.uname().nodename}.{os.getpid()}" if shared else ""
     temporary = path.with_name(f".{path.name}{mark}.tmp")
     try:
         with open(temporary, "wb") as file:

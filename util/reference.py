@@ -1,6 +1,5 @@
 """Files of reference statistics: `mu` and `sigma`, as the published ones of JiT and ADM have them, and in ours also what they are of."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +58,6 @@ def check(reference: Reference, extractor: str, width: int, img_size: int) -> No
 def write(path: Path, values: Statistics, facts: dict[str, str | int]) -> None:
     """Whole, or not at all; several jobs may do it at once.  Raises: UserError where it cannot be written."""
     try:
-        write_whole(path, lambda file: np.savez(file, **values, **facts), mark=f".{os.uname().nodename}.{os.getpid()}")
+        write_whole(path, lambda file: np.savez(file, **values, **facts), shared=True)
     except OSError as error:
         raise UserError(f"reference statistics {path} cannot be written: {error.strerror}") from error
