@@ -114,8 +114,8 @@ def others() -> Iterator[Experiment]:
 
 def mixed() -> Iterator[Experiment]:
     """All levels at once."""
-    for network, noise in (("mmjit", 1.5), ("tokens", 2.0)):
-        yield usual(f"mixed-{network}", network, noise=noise, data="mixed", thousands=1000)
+    yield usual("mixed-tokens6", "tokens6", data="mixed", thousands=1000)
+    yield usual("mixed-mmjit", "mmjit", noise=1.5, data="mixed", thousands=1000)
 
 
 def choices() -> Iterator[Experiment]:
@@ -141,10 +141,10 @@ def english() -> Iterator[Experiment]:
 
 def long() -> Iterator[Experiment]:
     """The clause that decides comes after token 100: read whole, and cut at 77."""
-    yield usual("long-short", "mmjit", noise=1.5, llm="ja-long", flags=("--text_cache", "memory"))
+    yield usual("long-short", "tokens6", llm="ja-long", flags=("--text_cache", "memory"))
     for length in (160, 77):
         flags = ("--max_text_len", str(length), "--text_cache", "off")
-        yield usual(f"long-{length}", "mmjit", data="two-long", lr=RATE / 2, noise=1.5, thousands=60, begins="long-short", llm="ja-long", flags=flags)
+        yield usual(f"long-{length}", "tokens6", data="two-long", lr=RATE, thousands=60, begins="long-short", llm="ja-long", flags=flags)
 
 
 def stages() -> Iterator[Experiment]:
