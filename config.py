@@ -93,6 +93,10 @@ def check_value(known: Flag, value: Any) -> None:
         require(not known.choices or one in known.choices, f"--{known.name} {one}: wanted one of {', '.join(known.choices)}")
 
 
+def check_lora(folder: str | None, scale: float) -> None:
+    require(scale == 1 or folder is not None, "--lora_scale is for --lora; name the adapters' folder by that")
+
+
 class ModelName(NamedTuple):
     """'JiT-B/16-Text' is ('JiT', 'B', 16, '-Text')."""
 
@@ -392,12 +396,21 @@ class Train(Config):
         "checkpoint whose first average a new run begins with; its kind of condition and language model may be others. Optimizer, averages and steps start afresh",
         "新しい学習の初期重みにするチェックポイント（1 つ目の重み平均を使います）。条件の種類や言語モデルは違ってもかまいません。オプティマイザ、重み平均、ステップ数は最初からです",
     )
+    lora_rank: int | None = flag(
+        None,
+        "lora_rank",
+        "train adapters of that rank (LoRA) for the model of --init_from, which stays as it is and says all settings that are not given; needs peft",
+        "--init_from のモデルはそのままにして、このランクのアダプタ（LoRA）だけを学習します。指定しない設定はそのモデルの値になります。peft が必要です",
+        bounds=AT_LEAST_1,
+        shown="the whole model is trained",
+    )
     start_epoch: int | None = flag(None, "start_epoch", "number of the first epoch", "最初のエポックの番号", shown="what the checkpoint says, else 0")
     log_freq: int = flag(100, "log_freq", "steps between lines of the log", "ログの間隔（ステップ数）", bounds=AT_LEAST_1)
 
     def check(self) -> None:
         require(self.lr is None or self.blr == Train.blr, "--lr and --blr: give one of them")
         require(self.min_lr == 0 or self.lr_schedule == "cosine", "--min_lr is where --lr_schedule cosine ends; add that, or leave it out")
+        require(self.lora_rank is None or self.init_from is not None, "--lora_rank trains adapters for another model: name that by --init_from")
         start = self.start_epoch or 0
         require(0 <= start < self.epochs, f"--start_epoch {start} must be in [0, epochs), and --epochs is {self.epochs}")
 
@@ -461,7 +474,17 @@ class Drawing(Config):
         several="weights",
     )
     batch_size: int = flag(256, "gen_bsz", "pictures drawn at a time per process", "1 プロセスが一度に描く枚数", bounds=AT_LEAST_1)
+    lora: str | None = flag(
+        None,
+        "lora",
+        "folder with adapters for the model of --resume, as --lora_rank or peft wrote it; pictures go there",
+        "--resume のモデルに足すアダプタのフォルダ（--lora_rank か peft が書いたもの）。画像もそこに書きます",
+    )
+    lora_scale: float = flag(1.0, "lora_scale", "how much of the adapters is added; 0 is the model without", "アダプタを足す強さ。0 なら元のモデルのまま")
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def check(self) -> None:
+        check_lora(self.lora, self.lora_scale)
 
 
 @dataclass(frozen=True)
@@ -578,6 +601,7 @@ class TrainJob:
     drawing: Drawing
     evaluation: Eval | None  # None: no evaluations within training
     run: Run
+    given: Mapping[str, Any] = field(default_factory=dict)  # the flags of a run that trains adapters: its base says the rest
 
 
 @dataclass(frozen=True)
@@ -646,6 +670,8 @@ class ExportJob(Config):
     )
     out: str = flag("", "out", "a new folder", "新しいフォルダ")
     weights: str = flag("1", "eval_ema", "weights that go out", "書き出す重み", choices=("1", "2", "raw"))
+    lora: str | None = flag(None, "lora", "folder with adapters that are merged into the weights", "重みに足し込むアダプタのフォルダ")
+    lora_scale: float = flag(1.0, "lora_scale", "how much of them", "足し込む強さ")
     dtype: str = flag("fp32", "dtype", "of the weights", "重みの型", choices=("fp32", "bf16"))
     diffusers: bool = flag(False, "diffusers", "a folder that diffusers' DiffusionPipeline opens", "diffusers の DiffusionPipeline で開けるフォルダにします")
     with_text_encoder: bool = flag(False, "with_text_encoder", "copy the language model into it", "言語モデルを中にコピーします")
@@ -658,6 +684,7 @@ class ExportJob(Config):
     def check(self) -> None:
         require(self.resume != "", "--resume FOLDER_OR_FILE: which checkpoint?")
         require(self.out != "", "--out FOLDER: where to?")
+        check_lora(self.lora, self.lora_scale)
 
 
 LONG_TEXT = 256  # --max_text_len of MMJiT, as released
@@ -680,8 +707,8 @@ def check_kind(model: Model, given: Mapping[str, Any]) -> None:
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """Nested dictionaries of numbers, strings and tuples."""
-    return asdict(config)
+    """Nested dictionaries of numbers, strings and tuples; a job's without its list of flags."""
+    return {name: value for name, value in asdict(config).items() if name != "given"}
 
 
 def from_plain(cls: type[C], values: Mapping[str, Any]) -> C:

@@ -134,7 +134,9 @@ def train_one_epoch(training: Training, epoch: int, first: int) -> Due:
         due = schedule.after(epoch, i, state.step + 1, training.stop.agreed())
         torch.manual_seed(derive(training.seed, "dropout", state.step * dist.world_size() + dist.rank()))
         loss = add_gradients(training, batches)
-        values = {"text_gap/grad_norm": grad_norm_of(state.net.y_embedder)} if due.log and training.gap else {}  # before any clipping
+        values = (
+            {"text_gap/grad_norm": grad_norm_of(state.net.y_embedder)} if due.log and training.gap and not training.config.lora_rank else {}
+        )  # before clipping
         norm = take_step(state, training.config.grad_clip, training.skips)
         training.report.add(loss)
         if due.log:

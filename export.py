@@ -13,10 +13,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import resume
 from config import ExportJob
 from exported import TEXT_ENCODER, write
 from exporting import card, package
+from sampling import load_painter
 from util import checkpoint, hub
 from util.logging import say
 
@@ -26,7 +29,7 @@ def export(job: ExportJob) -> Path:
     out, path = Path(job.out).resolve(), checkpoint.find(job.resume, "")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already; name a new folder, or empty it")
-    saved = resume.read(path)
+    saved = resume.read_whole(path)
     if "model" not in saved.job:
         raise UserError(f"--resume {path} does not say which model it is; wanted a checkpoint of this code")
     text, llm = dict(saved.text), job.llm or saved.text.get("llm", "")
@@ -35,6 +38,8 @@ def export(job: ExportJob) -> Path:
     weights = saved.weights if job.weights == "raw" else saved.averages[int(job.weights) - 1]
     if weights is None:
         raise UserError(f"--resume {path} has no average {job.weights}; try --eval_ema raw")
+    if job.lora:
+        weights = merged(job)
     building = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(building, ignore_errors=True)
@@ -56,6 +61,14 @@ def export(job: ExportJob) -> Path:
         saved.close()
         shutil.rmtree(building, ignore_errors=True)
     return out
+
+
+def merged(job: ExportJob) -> dict[str, Tensor]:
+    """The weights that go out, with adapters in them.  Raises: UserError where they do not fit."""
+    painter = load_painter(job.resume, job.weights, "cpu")
+    painter.add_lora(job.lora, job.lora_scale)
+    with painter.weights.drawing(job.weights):
+        return checkpoint.with_prefix({name: value.clone() for name, value in painter.weights.net.state_dict().items()})
 
 
 def drawn_with(job: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:

@@ -265,8 +265,9 @@ def job_of(given: Mapping[str, Any]) -> Job:
             for known, _, _ in flags_in(config):
                 check_value(known, given.get(known.name))
     mode = mode_of(given)
+    says_all = mode == "train" and given.get("lora_rank") is None  # else a checkpoint says what is not given
     model = Model()
-    if mode == "train" or "model" in given:  # else the checkpoint says what it is
+    if says_all or "model" in given:
         model = build(Model, given)
         check_kind(model, given)
     require(
@@ -279,7 +280,7 @@ def job_of(given: Mapping[str, Any]) -> Job:
         "model": model,
         "diffusion": build(DiffusionConfig, given),
         "data": build(Data, given),
-        "text": text_of(model, given) if mode != "train" or model.is_text else None,
+        "text": text_of(model, given) if not says_all or model.is_text else None,
         "averages": build(Averages, given),
         "drawing": build(Drawing, given, sampler=build(SamplerConfig, given, cfg_interval=interval_of(given))),
         "run": build(Run, given),
@@ -288,8 +289,10 @@ def job_of(given: Mapping[str, Any]) -> Job:
     require(mode == "train" or train.init_from is None, "--init_from is for training; to draw with a checkpoint give --resume alone")
     if train.init_from and given.get("resume", shared["run"].output_dir) != shared["run"].output_dir:
         raise UserError("--init_from begins a run and --resume goes on with one: give one of them, or --resume with the name of --output_dir")
+    require(mode != "train" or "lora" not in given, "--lora is for drawing; to train adapters give --init_from and --lora_rank")
     if mode == "train":
-        return TrainJob(train=train, save=build(Save, given), evaluation=build(Eval, given) if given.get("online_eval") else None, **shared)
+        evaluation = build(Eval, given) if given.get("online_eval") else None
+        return TrainJob(train=train, save=build(Save, given), evaluation=evaluation, given={} if says_all else given, **shared)
     if mode == "generate":
         return GenerateJob(prompts=tuple(given.get("prompt", ())), prompts_file=given.get("prompts_file"), given=given, **shared)
     if mode == "evaluate_gen":
@@ -359,6 +362,7 @@ def parse_cache(argv: Sequence[str] | None = None) -> CacheJob:
     groups = (*GROUPS, Group("store", "ストア", (CacheFlags,)))
     given = get_parser(groups, "Encode a data set's captions ahead of time: a training command with cache_text.py in place of main_jit.py.").read(argv)
     given.setdefault("model", "JiT-B/16-Text")
+    require("lora_rank" not in given, "--lora_rank: training adapters fills the store itself; for cache_text.py give the base's --model and text flags instead")
     job = job_of(given)
     require(job.model.is_text, f"--model {job.model.name} is a class model and has no captions; try --model {job.model.name}-Text")
     require(job.text.cache == "disk", f"--text_cache {job.text.cache} keeps no store that could be made ahead of time; leave it out")
@@ -425,6 +429,7 @@ SHOWN_JA = {
     "the data's": "データのもの",
     "the data's own": "データ自身の統計",
     "no clipping": "制限なし",
+    "the whole model is trained": "モデル全体を学習",
     "at ends of epochs only": "エポックの終わりのみ",
     "on for classes, off for text": "クラスは有効、テキストは無効",
     "what the checkpoint says, else 0": "チェックポイントの続き、なければ 0",

@@ -33,6 +33,7 @@ from util.trackers import Board
 
 def train(job: TrainJob) -> None:
     """Begin a run, or go on with it."""
+    job = resume.on_its_base(job)
     lock = Lock(writable_folder(job.run.output_dir, "--output_dir"), "--output_dir") if os.environ.get("RANK", "0") == "0" else None
     saved = resume.find(job)
     if saved:
@@ -117,7 +118,8 @@ def generate(job: GenerateJob) -> None:
     prompts, path, which = sampling.as_prompts(job.model, asked or None, engine.test_prompts), saved.path, job.drawing.weights
     studio = prepare_generation(job, saved, prompts)
     weights, painter = studio.weights, studio.painter
-    say(f"drawing {len(prompts)} prompts with {path} [{describe(which, weights.step, painter.sampler, painter.seed)}]")
+    more = f" and {job.drawing.lora} x {job.drawing.lora_scale:g}" if job.drawing.lora else ""
+    say(f"drawing {len(prompts)} prompts with {path}{more} [{describe(which, weights.step, painter.sampler, painter.seed)}]")
     call_out_initial(weights, which)
     with weights.drawing(which):
         sheet = sampling.generate(painter, studio.conditions.prompts, prompts, Path(job.run.output_dir) / "samples")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import conditioning
 import engine_jit as engine
+import lora
 import resume
 import sampling
 from conditioning import Conditioning
@@ -79,6 +80,8 @@ class Studio:
         made_with = {name: value for name, value in (self.conditions.description or {}).items() if not isinstance(value, Tensor)}
         precision = "bf16" if uses_bf16(job.run.precision, self.painter.device) else "fp32"
         facts = {"model": job.model.name, "precision": precision, "text": made_with}
+        if job.drawing.lora:
+            facts["lora"] = lora.describe(job.drawing.lora, job.drawing.lora_scale)
         folder = Path(job.run.output_dir) / "eval"
         return Evaluator(
             self.weights, self.painter, measures, self.conditions.conditions, subjects, facts, folder, checkpoint, save_images=job.evaluation.save_images
@@ -150,7 +153,10 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     """Data, features, network, then what the checkpoint has of them.  Collective."""
     device, model, evaluation = dist.init(job.run.device), job.model, job.evaluation
     check_tracker(job.run)
-    origin = None if saved else resume.find_origin(job)
+    adapters = job.train.lora_rank is not None
+    if adapters:
+        lora.check_installed("--lora_rank")
+    origin = resume.find_origin(job) if adapters or not saved else None
     if saved:
         resume.check_batch(saved, job.train)
     elif origin:
@@ -166,7 +172,7 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     subjects = {evaluation.num_images: planned.subjects(model, evaluation.num_images)} if planned else {}
     prompts = sampling.as_prompts(model, None, engine.test_prompts)
     texts = training_texts(dataset, planned, subjects, prompts) if model.is_text else Texts((), np.arange(0), prompts=prompts)
-    conditions = condition(job, texts, saved, device, origin)
+    conditions = condition(job, texts, saved or (origin if adapters else None), device, origin)
     forget_captions(dataset, conditions)
     measures = planned.measures(job.run.seed) if planned else []
 
@@ -194,16 +200,27 @@ def training_texts(dataset: PictureDataset, planned: Plan | None, subjects: Mapp
 
 
 def fresh_state(job: TrainJob, conditions: Conditioning, origin: Saved | None, device: torch.device) -> TrainState:
-    """With initial weights, or with those of --init_from.  The checkpoint is closed."""
-    net = sampling.make_network(job, conditions.width, device)
-    if origin:
+    """With initial weights, with those of --init_from, or with adapters on those.  The checkpoint is closed."""
+    net, base = sampling.make_network(job, conditions.width, device), ""
+    if origin and job.train.lora_rank:
+        base = put_adapters(net, job.train.lora_rank, job.run.seed, origin)
+    elif origin:
         same_text = bool(conditions.description) and alike(origin.text, conditions.description)
         report = transfer(origin, net, same_text, conditions.conditions.null)
         if dist.is_main():
             report.write(Path(job.run.output_dir) / "init_from.txt")
         say(f"begun with {origin.path}, EMA 1: {report}")
+    if origin:
         origin.close()
-    return TrainState(net=net, optimizer=engine.make_optimizer(net, job.train.weight_decay, device), emas=averages_of(net, job.averages))
+    return TrainState(net=net, optimizer=engine.make_optimizer(net, job.train.weight_decay, device), emas=averages_of(net, job.averages), base=base)
+
+
+def put_adapters(net: nn.Module, rank: int, seed: int, origin: Saved) -> str:
+    """On the weights of --init_from, which stay.  Returns: their hash.  Raises: UserError where they do not fit."""
+    net.load_state_dict(checkpoint.without_prefix(origin.best, net.state_dict(), f"--init_from {origin.path}"))
+    lora.add(net, rank, seed)
+    say(f"adapters of rank {rank} on {origin.path}, EMA 1, whose {sum(value.numel() for value in origin.best.values()) / 1e6:.1f}M weights stay as they are")
+    return lora.digest(origin.best)
 
 
 @dataclass(frozen=True)
@@ -238,7 +255,11 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
     for line in first_lines(job, Sizes(trained, conditions.frozen, len(shares.pictures), len(shares.held_out), steps, workers(job.data)), device, bf16):
         say(line)
     sampler = StreamSampler(shares.pictures, train.batch_size, steps * train.accum_iter, dist.rank(), world.processes, job.run.seed)
-    skips, board, writer = Skips(device, position.skips), Board(job.run, to_plain(job), state.step), checkpoint.Writer(job.save.keep_last)
+    skips, board, writer = (
+        Skips(device, position.skips),
+        Board(job.run, to_plain(job), state.step),
+        checkpoint.Writer(job.save.keep_last, lora.write if state.base else None),
+    )
     bar = progress(train.epochs * steps, "training", initial=position.epoch * steps + position.epoch_step)
     training = engine.Training(
         state=state,

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,6 +71,7 @@ class TrainState(Weights):
     """What training changes."""
 
     optimizer: torch.optim.Optimizer
+    base: str = ""  # the hash of the weights below, where adapters alone are trained
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,12 @@ class Saved:
     job: dict[str, Any]  # the configs that made it, plain: as many as it says
     text: dict[str, Any]  # how its text features were made; nothing for a class model
     anew: bool = False  # --start_epoch counts: the steps are not the checkpoint's any more
+    base: str = ""  # as TrainState has it
+
+    @property
+    def best(self) -> dict[str, Tensor]:
+        """The first average, or where there is none the weights."""
+        return self.averages[0] or self.weights
 
     def close(self) -> None:
         """Let go of the file: a large model's is tens of gigabytes."""
@@ -104,7 +112,7 @@ class Saved:
 def content(state: TrainState, progress: Progress, world: World, job: TrainJob, text: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a checkpoint holds, as plain data.  `epoch` in the file is the last one that is finished."""
     return {
-        "model": checkpoint.with_prefix(state.net.state_dict()),
+        "model": checkpoint.with_prefix(checkpoint.state_of(state.net)),
         **{f"model_ema{i + 1}": checkpoint.with_prefix(ema.state_dict(state.net)) for i, ema in enumerate(state.emas)},
         "optimizer": checkpoint.optimizer_state(state.optimizer, state.net),
         "epoch": progress.epoch - 1,
@@ -115,6 +123,7 @@ def content(state: TrainState, progress: Progress, world: World, job: TrainJob, 
         "world": asdict(world),
         "job": to_plain(job),
         **({"text": dict(text)} if text else {}),
+        **({"base": state.base} if state.base else {}),
     }
 
 
@@ -133,14 +142,23 @@ def read(path: Path, start_epoch: int | None = None, flag: str = "--resume") -> 
         for section, cls in SECTIONS.items():
             if job.get(section) is not None:
                 from_plain(cls, job[section])  # whether it can be: the flags may complete it
-        averages, text = [state.get(f"model_ema{i}") for i in (1, 2)], state.get("text", {})
+        averages, text, base = [state.get(f"model_ema{i}") for i in (1, 2)], state.get("text", {}), as_type(str, state.get("base", ""), "base")
         if not all(part is None or isinstance(part, Mapping) for part in (*averages, text)):
             raise TypeError("averages and text must be dictionaries")
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # UserError is a ValueError
         raise UserError(f"{flag} {path}: no checkpoint of a JiT ({one_line(error)})") from error
     if start_epoch is not None:
         progress = replace(progress, epoch=start_epoch, epoch_step=0)
-    return Saved(path, state["model"], averages, state.get("optimizer", {}), progress, world, job, text or {}, start_epoch is not None)
+    return Saved(path, state["model"], averages, state.get("optimizer", {}), progress, world, job, text or {}, start_epoch is not None, base)
+
+
+def read_whole(path: Path, flag: str = "--resume") -> Saved:
+    """A checkpoint that draws by itself.  Raises: UserError, with what to type, for one that holds adapters alone."""
+    saved = read(path, flag=flag)
+    if saved.base:
+        base = look_up(saved.job, "train.init_from")
+        raise UserError(f"{flag} {path} holds adapters alone; draw by --resume {base} --lora {path.parent}, or merge them by export.py with the same two flags")
+    return saved
 
 
 def progress_of(state: Mapping[str, Any]) -> Progress:
@@ -205,7 +223,7 @@ def find(job: Job) -> Saved | None:
     path = checkpoint.find(job.run.resume, job.run.output_dir)
     if path is None:
         raise UserError(f"--resume {job.run.resume} holds no checkpoint yet, so there is nothing to draw with")
-    return read(path)
+    return read_whole(path)
 
 
 def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
@@ -236,7 +254,7 @@ def find_origin(job: TrainJob) -> Saved | None:
     """The checkpoint of --init_from."""
     if job.train.init_from is None:
         return None
-    return read(checkpoint.find(job.train.init_from, "", "--init_from"), flag="--init_from")
+    return read_whole(checkpoint.find(job.train.init_from, "", "--init_from"), "--init_from")
 
 
 # --- what must agree
@@ -264,25 +282,35 @@ RULES = (
     Rule("text.encoder.layer", "llm_layer", kind="text"),
     Rule("text.norm", "text_norm", kind="text"),
     Rule("model.class_num", "class_num", kind="class"),
+    Rule("train.lora_rank", "lora_rank", ("training",)),
     Rule("run.seed", "seed", ("counting",)),  # it and the next decide which pictures a step trains on
     Rule("data.held_out", "held_out", ("counting",), kind="text"),
 )
 
 
-def check(saved: Saved, job: Job) -> None:
-    """Raises: UserError where the checkpoint is of another network, noise or text than the run; of a run that draws, what is given counts alone."""
+def check(saved: Saved, job: Job, base: bool = False) -> None:
+    """Raises: UserError where the checkpoint is of another network, noise or text than the run.
+
+    Of a run that draws, and of one that trains adapters for this checkpoint (`base`), what is given counts alone.
+    """
     training = isinstance(job, TrainJob)
+    says_all = training and not base
     moments = {"training"} if training else {"drawing"}
-    if training and saved.world and not saved.anew:
-        moments.add("counting")
-    name = job.model.name if training else job.given.get("model", look_up(saved.job, "model.name") or Model.name)
+    if says_all:
+        if bool(saved.base) != (job.train.lora_rank is not None):
+            raise UserError(
+                f"{saved.path} holds {'adapters alone; give --lora_rank' if saved.base else 'a whole model and no adapters; leave out --lora_rank'}"
+            )
+        if saved.world and not saved.anew:
+            moments.add("counting")
+    name = job.model.name if says_all else job.given.get("model", look_up(saved.job, "model.name") or Model.name)
     kind = "class" if parse_model_name(name).condition == "labels" else "text"
     if kind == "text" and not saved.text:
         raise UserError(f"--model {name} is a text model, but {saved.path} does not say how its text features were made; is it of a class model?")
-    ours = to_plain(job) if training else {}
+    ours = to_plain(job) if says_all else {}
     for rule in RULES:
         if moments & set(rule.when) and rule.kind in ("", kind):
-            agree(saved, rule, look_up(ours, rule.field) if training else job.given.get(rule.flag))
+            agree(saved, rule, look_up(ours, rule.field) if says_all else job.given.get(rule.flag))
 
 
 def agree(saved: Saved, rule: Rule, ours: Any) -> None:
@@ -342,14 +370,37 @@ INHERITED = (  # fields and whole sections that are the checkpoint's where their
     "model", "diffusion", "averages", "data.path", "data.missing", "text.encoder.llm", "text.encoder.max_text_len", "text.encoder.layer",
     "text.encoder.pooling", "text.norm", "text.cache", "text.folder", "drawing.weights", "drawing.sampler", "run.seed", "run.precision",
 )  # fmt: skip
+OF_BASE = (  # what training adapters takes from the model that they are for
+    "model", "diffusion", "text.encoder.llm", "text.encoder.max_text_len", "text.encoder.layer", "text.encoder.pooling", "text.norm", "drawing.sampler",
+)  # fmt: skip
 OF_DATA = ("data.format", "data.image_column", "data.caption_column", "data.image_root")  # the checkpoint's too, unless other data is given
 
 
 def completed(job: J, saved: Saved) -> J:
     """The job with the checkpoint's settings where the flags say none.  Raises: UserError where a flag that is given contradicts it."""
     check(saved, job)
+    given = job.given
+    configs = filled(job, saved, INHERITED + (() if "data_path" in given else OF_DATA))
+    if "output_dir" not in given and (job.drawing.lora or not saved.path.is_dir()):  # nothing is written into a model's folder
+        configs["run"] = replace(configs["run"], output_dir=job.drawing.lora or str(saved.path.parent))
+    job = replace(job, **configs)
+    return replace(job, sweep=completed_sweep(job)) if isinstance(job, SweepJob) else job
+
+
+def on_its_base(job: TrainJob) -> TrainJob:
+    """With the settings of the model that adapters are trained for, where the flags say none.  Raises: UserError where a flag that is given contradicts it."""
+    if job.train.lora_rank is None:
+        return job
+    base = find_origin(job)
+    check(base, job, base=True)
+    configs = filled(job, base, OF_BASE)
+    base.close()
+    return replace(job, **configs)
+
+
+def filled(job: J | TrainJob, saved: Saved, inherited: Sequence[str]) -> dict[str, Config | None]:
+    """The job's configs with those fields of the checkpoint's, and whole sections, where their flags are not given."""
     given, found = job.given, {section: to_plain(getattr(job, section)) for section in SECTIONS}
-    inherited = INHERITED + (() if "data_path" in given else OF_DATA)
     for section, cls in SECTIONS.items():
         for name, config_field, _ in settings(cls):
             path, known = f"{section}.{name}", flag_of(config_field)
@@ -362,12 +413,9 @@ def completed(job: J, saved: Saved) -> J:
     found["drawing"]["sampler"]["cfg_interval"] = (given.get("interval_min", low), given.get("interval_max", high))
     if found["text"]["cache"] != "disk" and "text_cache_dir" not in given:
         found["text"]["folder"] = None
-    if "output_dir" not in given and not saved.path.is_dir():  # nothing is written into a model's folder
-        found["run"]["output_dir"] = str(saved.path.parent)
     configs = {section: from_plain(cls, found[section]) for section, cls in SECTIONS.items()}
     check_kind(configs["model"], given)
-    job = replace(job, **configs | {"text": configs["text"] if configs["model"].is_text else None})
-    return replace(job, sweep=completed_sweep(job)) if isinstance(job, SweepJob) else job
+    return configs | {"text": configs["text"] if configs["model"].is_text else None}
 
 
 def completed_sweep(job: SweepJob) -> Sweep:
@@ -395,17 +443,19 @@ def open_for_drawing(job: J) -> tuple[J, Saved]:
 
 def restore_weights(saved: Saved, weights: Weights) -> None:
     """The network and its averages.  Raises: UserError where they do not fit."""
-    expected = weights.net.state_dict()
-    names = [f"model_ema{i + 1}" for i in range(len(weights.emas))]
-    for name, values, target in [("model", saved.weights, weights.net), *zip(names, saved.averages, weights.emas)]:
+    expected = checkpoint.state_of(weights.net)
+    loads = [partial(weights.net.load_state_dict, strict=False), *(ema.load_state_dict for ema in weights.emas)]  # what must be there is looked at here
+    for name, values, load in zip(("model", "model_ema1", "model_ema2"), [saved.weights, *saved.averages], loads):
         if values is None:
             raise UserError(f"{saved.path} has no {name}; wanted a checkpoint with model, model_ema1 and model_ema2")
-        target.load_state_dict(checkpoint.without_prefix(values, expected, f"{saved.path}, {name},"))
+        load(checkpoint.without_prefix(values, expected, f"{saved.path}, {name},"))
     weights.step = saved.progress.step or 0
 
 
 def restore(saved: Saved, state: TrainState, steps_per_epoch: int) -> Progress:
     """All that training changes.  Returns: where the run goes on; the checkpoint is closed."""
+    if saved.base != state.base:
+        raise UserError(f"{saved.path} holds adapters for other weights than those of --init_from; name the model that they were trained on")
     restore_weights(saved, state)
     progress = saved.progress
     if progress.step is None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import lora
 import models_jit
 import models_mmjit
 import resume
@@ -94,11 +95,13 @@ def make_painter(job: TrainJob | DrawJob, net: nn.Module, null: Y, device: torch
 
 
 def restored(job: DrawJob, saved: resume.Saved, text_width: int | None, device: torch.device) -> Weights:
-    """The weights of a checkpoint, in a network of their own; the checkpoint is closed."""
+    """The weights of a checkpoint, with those of --lora, in a network of their own; the checkpoint is closed."""
     net = make_network(job, text_width, device)
     weights = Weights(net=net, emas=averages_of(net, job.averages))
     resume.restore_weights(saved, weights)
     saved.close()
+    if job.drawing.lora:
+        lora.merge_into(weights, job.drawing.lora, job.drawing.lora_scale)
     return weights
 
 
@@ -160,6 +163,10 @@ class LoadedPainter:
     weights: Weights
     text: dict[str, Any]  # how the text features were made; nothing for a class model
     device: torch.device
+
+    def add_lora(self, folder: str | Path, scale: float = 1.0) -> None:
+        """Add a folder of adapters, as --lora does; several add up.  Raises: UserError where they do not fit."""
+        lora.merge_into(self.weights, str(folder), scale)
 
     @cached_property
     def encoder(self):

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+import lora
 from config import ExportJob
 from evaluation.records import TITLES
 from resume import Saved
@@ -19,20 +20,21 @@ OPEN = "(fill in)"
 
 def write(folder: Path, job: ExportJob, saved: Saved, checkpoint: Path) -> None:
     """README.md and .eval_results/ into the folder that is exported."""
-    records = records_of(checkpoint, saved, job.weights)
+    records = records_of(job, saved, checkpoint)
     (folder / "README.md").write_text(page(job, saved, records), encoding="utf-8")
     for name, record in records.items():
         (folder / RESULTS).mkdir(exist_ok=True)
         (folder / RESULTS / f"{name}.yaml").write_text(yaml.safe_dump(entries(record, data_of(saved)), allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
-def records_of(checkpoint: Path, saved: Saved, weights: str) -> dict[str, dict[str, Any]]:
-    """Those of eval/*.json beside a checkpoint that are of these weights."""
-    found = {}
-    for path in sorted((checkpoint.parent / "eval").glob("*.json")):
+def records_of(job: ExportJob, saved: Saved, checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Those of eval/*.json, beside the checkpoint or the adapters, that are of these weights."""
+    found, adapters = {}, lora.describe(job.lora, job.lora_scale) if job.lora else None
+    for path in sorted((Path(job.lora or checkpoint.parent) / "eval").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        of = record.get("setting", {}).get("weights", {})
-        if record.get("figures") and of.get("which") == weights and of.get("step") == (saved.progress.step or 0):
+        setting = record.get("setting", {})
+        of = setting.get("weights", {})
+        if record.get("figures") and (of.get("which"), of.get("step"), setting.get("lora")) == (job.weights, saved.progress.step or 0, adapters):
             found[path.stem] = record
     return found
 
@@ -72,7 +74,8 @@ def facts_of(job: ExportJob, saved: Saved) -> dict[str, str]:
         "steps": f"{step:,}" if step else OPEN,
         "training": f"{step * world.effective_batch:,} pictures seen, batches of {world.effective_batch}" if world else OPEN,
         "learning rate": f"{lr:g}" if lr else OPEN,
-        "weights": f"{'raw' if job.weights == 'raw' else f'average {job.weights}'}, {job.dtype}",
+        "weights": f"{'raw' if job.weights == 'raw' else f'average {job.weights}'}, {job.dtype}"
+        + (f", with the adapters {Path(job.lora).resolve().name} x {job.lora_scale:g}" if job.lora else ""),
         "licence": f"{job.licence} {OPEN}",
     }
 

@@ -14,7 +14,7 @@ FLOORS = {
     5: ("main_jit", "cache_text", "prepare_ref", "export"),
     4: ("flags", "prepare", "evaluation", "exporting"),
     3: ("engine_jit", "sampling", "text_features"),
-    2: ("resume", "released", "exported", "transfer", "conditioning", "text_encoder", "datasets", "denoiser", "models_jit", "models_mmjit"),
+    2: ("resume", "released", "exported", "transfer", "lora", "conditioning", "text_encoder", "datasets", "denoiser", "models_jit", "models_mmjit"),
     1: ("config", "util"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

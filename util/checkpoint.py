@@ -1,15 +1,15 @@
 """Checkpoints: one dictionary of plain data a file, written whole or not at all, read without unpickling code.
 
 Keys: `model`, `model_ema1`, `model_ema2` (full state dicts under the prefix `net.`), `optimizer`, `epoch` (the last one finished),
-`step`, `epoch_step` (steps done of the epoch after), `skips`, `evaluation_due` (at this step), `world`, `job` (the run's configs), and for text models
-`text`. The published JiT files (an argparse Namespace as `args`, an optimizer state by position) open the same way.
+`step`, `epoch_step` (steps done of the epoch after), `skips`, `evaluation_due` (at this step), `world`, `job` (the run's configs), for text models
+`text`, and where adapters alone are trained `base`, the hash of the weights below them. The published JiT files (an argparse Namespace as `args`, an optimizer state by position) open the same way.
 """
 
 import argparse
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,9 @@ class Writer:
     Where one cannot be written, training goes on with the last good one on disk, and says so; two in a row stop it.
     """
 
-    def __init__(self, keep_last: int | None = None):
-        self.keep_last, self.failed = keep_last, 0
+    def __init__(self, keep_last: int | None = None, beside: Callable[[Path, Mapping[str, Any]], None] | None = None):
+        """beside: beside(folder, state) writes more of each state into the folder."""
+        self.keep_last, self.beside, self.failed = keep_last, beside, 0
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.latest: tuple | None = None  # what the last one was written from, until it is on disk
@@ -95,6 +96,8 @@ class Writer:
             if numbered:
                 keep_as(numbered, path)
                 remove_old(numbered, self.keep_last)
+            if self.beside:
+                self.beside(path.parent, state)
             self.latest = None
         except Exception as error:  # whatever it is, it must not pass for a checkpoint
             self.error = error
@@ -163,6 +166,13 @@ def load(path: Path, flag: str = "--resume") -> dict[str, Any]:
         raise UserError(f"{flag} {path}: no checkpoint of a JiT; wanted a dictionary with the key 'model'")
     state["args"] = vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else state.get("args") or {}
     return state
+
+
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict; of a network whose own weights stay as they are, what is trained alone."""
+    if all(param.requires_grad for param in net.parameters()):
+        return net.state_dict()
+    return {name: param for name, param in net.named_parameters() if param.requires_grad}
 
 
 def with_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from config import Averages
+from util.checkpoint import state_of
 
 
 class Ema:
@@ -39,8 +40,8 @@ class Ema:
         torch._foreach_lerp_(list(self.average.values()), [params[name] for name in self.average], 1 - self.decay_at(n))
 
     def state_dict(self, net: nn.Module) -> dict[str, Tensor]:
-        """The network's full state dict with the averages in place of the parameters."""
-        return {**net.state_dict(), **self.average}
+        """The network's state, as checkpoint.state_of it, with the averages in place of the parameters."""
+        return {**state_of(net), **self.average}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, value in self.average.items():

@@ -1,0 +1,117 @@
+"""Adapters (LoRA, arXiv:2106.09685) by peft on the attention and MLP matrices of a network whose own weights stay as they are: put on, written, merged.
+
+An adapter's folder is an ordinary one of peft. Its file also holds the hash of the weights that it was trained on.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from resume import Weights
+from util.checkpoint import PREFIX
+from util.errors import UserError, one_line
+from util.files import sha256_of, write_whole
+from util.logging import say
+from util.randomness import derive
+
+TARGETS = r"\w*blocks\.\d+\.(attn\.qkv|attn\.proj|((img|txt)_)?(qkv|attn_proj|mlp\.w\d+)|mlp\.w\d+)"  # of JiT and of MM-JiT
+CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+OF_PEFT = "base_model.model."  # before a network's own names in its files
+NAME = "default"  # peft's name of an adapter
+
+
+def check_installed(flag: str) -> None:
+    """Raises: UserError where peft is not there."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"{flag} needs its package: pip install peft")
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a network's weights by name; the fixed table of positions is left out."""
+    found = hashlib.sha256()
+    for name, value in sorted((name.removeprefix(PREFIX), value) for name, value in weights.items()):
+        if name != "pos_embed":
+            found.update(name.encode() + value.detach().float().contiguous().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def config_of(rank: int):
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
+
+
+def add(net: nn.Module, rank: int, seed: int) -> None:
+    """Adapters that change nothing yet, and are all that is trained from now on."""
+    from peft import inject_adapter_in_model
+
+    torch.manual_seed(derive(seed, "initial adapters", 0))
+    inject_adapter_in_model(config_of(rank), net, NAME)
+
+
+def write(folder: Path, state: Mapping[str, Any]) -> None:
+    """peft's folder of a checkpoint that holds adapters: their first average.  Raises: OSError."""
+    config_of(state["job"]["train"]["lora_rank"]).save_pretrained(folder)
+    tensors = {OF_PEFT + name.removeprefix(PREFIX).replace(f".{NAME}.", "."): value for name, value in state["model_ema1"].items()}
+    write_whole(folder / FILE, lambda file: file.write(save(tensors, {"format": "pt", "base": state["base"]})))
+
+
+def describe(folder: str, scale: float) -> str:
+    """What identifies adapters in a record."""
+    return f"{sha256_of(Path(folder) / FILE)[:16]} x {scale:g}"
+
+
+def check_folder(folder: str) -> None:
+    """Raises: UserError for what is no folder of peft's LoRA."""
+    check_installed("--lora")
+    if not (Path(folder) / CONFIG).is_file() or not (Path(folder) / FILE).is_file():
+        raise UserError(f"--lora {folder}: wanted a folder with {CONFIG} and {FILE}, as --lora_rank and peft write it")
+
+
+def merge_into(weights: Weights, folder: str, scale: float) -> None:
+    """W <- W + scale alpha / r B A in the network's own weights and in its averages; a scale of 0 leaves every bit as it is.
+
+    Raises: UserError where the adapters are of another network.
+    """
+    check_folder(folder)
+    base = base_of(folder)
+    if base and base != digest(weights.emas[0].state_dict(weights.net)):
+        say(f"warning: --lora {folder} was trained on other weights than these; the pictures may be poor")
+    for place in (nullcontext(), *(ema.applied(weights.net) for ema in weights.emas)):
+        with place:
+            merge(weights.net, folder, scale)
+
+
+def base_of(folder: str) -> str:
+    """The hash of the weights that adapters were trained on; nothing where their file does not say.  Raises: UserError for a file that cannot be read."""
+    try:
+        with safe_open(Path(folder) / FILE, "pt") as file:
+            return (file.metadata() or {}).get("base", "")
+    except Exception as error:  # cut short, no safetensors: safetensors' own exception
+        raise UserError(f"--lora {folder}: {FILE} cannot be read ({one_line(error)})") from error
+
+
+def merge(net: nn.Module, folder: str, scale: float) -> None:
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import load_peft_weights
+
+    try:
+        wrapped = PeftModel.from_pretrained(net, folder, NAME, torch_device="cpu")
+        lacking = sorted(set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)) ^ set(load_peft_weights(folder, "cpu")))
+        if lacking:
+            raise ValueError(f"{lacking[0]} is in one of them alone")
+        for layer in wrapped.modules():
+            if isinstance(layer, LoraLayer):
+                layer.set_scale(NAME, scale)
+        wrapped.merge_and_unload()
+    except Exception as error:  # another network, a file cut short, adapters of another kind: each its own exception
+        raise UserError(f"--lora {folder} does not fit the model ({one_line(error)})") from error
