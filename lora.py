@@ -5,7 +5,7 @@ An adapter's folder is an ordinary one of peft. Its file also holds the hash of 
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from resume import Weights
 from util.checkpoint import PREFIX
+from util.ema import Ema
 from util.errors import UserError, one_line
 from util.files import sha256_of, write_whole
 from util.logging import say
@@ -76,18 +76,17 @@ def check_folder(folder: str) -> None:
         raise UserError(f"--lora {folder}: wanted a folder with {CONFIG} and {FILE}, as --lora_rank and peft write it")
 
 
-def merge_into(weights: Weights, folder: str, scale: float) -> None:
-    """W <- W + scale alpha / r B A in the network's own weights and in its averages; a scale of 0 leaves every bit as it is.
+def merge_into(net: nn.Module, emas: Sequence[Ema], folder: str, scale: float) -> None:
+    """W <- W + scale alpha / r B A in a network's own weights and in its averages; a scale of 0 leaves every bit as it is.
 
     Raises: UserError where the adapters are of another network.
     """
-    check_folder(folder)
     base = base_of(folder)
-    if base and base != digest(weights.emas[0].state_dict(weights.net)):
+    if base and base != digest(emas[0].state_dict(net)):
         say(f"warning: --lora {folder} was trained on other weights than these; the pictures may be poor")
-    for place in (nullcontext(), *(ema.applied(weights.net) for ema in weights.emas)):
+    for place in (nullcontext(), *(ema.applied(net) for ema in emas)):
         with place:
-            merge(weights.net, folder, scale)
+            merge(net, folder, scale)
 
 
 def base_of(folder: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import exported
+import lora
 import released
 from config import (
     SEVERAL,
@@ -434,6 +435,8 @@ def completed_sweep(job: SweepJob) -> Sweep:
 
 def open_for_drawing(job: J) -> tuple[J, Saved]:
     """The completed job, and the checkpoint, to be restored and closed."""
+    if job.drawing.lora:
+        lora.check_folder(job.drawing.lora)
     saved = find(job)
     return completed(job, saved), saved
 

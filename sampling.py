@@ -101,7 +101,7 @@ def restored(job: DrawJob, saved: resume.Saved, text_width: int | None, device: 
     resume.restore_weights(saved, weights)
     saved.close()
     if job.drawing.lora:
-        lora.merge_into(weights, job.drawing.lora, job.drawing.lora_scale)
+        lora.merge_into(net, weights.emas, job.drawing.lora, job.drawing.lora_scale)
     return weights
 
 
@@ -166,7 +166,8 @@ class LoadedPainter:
 
     def add_lora(self, folder: str | Path, scale: float = 1.0) -> None:
         """Add a folder of adapters, as --lora does; several add up.  Raises: UserError where they do not fit."""
-        lora.merge_into(self.weights, str(folder), scale)
+        lora.check_folder(str(folder))
+        lora.merge_into(self.weights.net, self.weights.emas, str(folder), scale)
 
     @cached_property
     def encoder(self):

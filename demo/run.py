@@ -167,6 +167,11 @@ def scenes(out: Path, llm: str | None, epochs: int) -> None:
         sys.exit(f"error: only {share:.1%} of the pictures of unseen things are right; wanted 90 % at least")
 
 
+def captions_of(data: Path) -> dict[str, str]:
+    """The caption of each picture, by its name without extension, in the order of those."""
+    return {path.stem: path.read_text(encoding="utf-8").strip() for path in sorted((data / "captions").glob("*.txt"), key=lambda path: path.stem)}
+
+
 def emoji(out: Path, llm: str | None, epochs: int | None) -> None:
     import torch
 
@@ -186,8 +191,8 @@ def emoji(out: Path, llm: str | None, epochs: int | None) -> None:
     torchrun(processes, *training)
 
     step("pictures")
-    stems = sorted(path.stem for path in (data / "images").iterdir())
-    names = [(data / "captions" / f"{stem}.txt").read_text(encoding="utf-8").strip() for stem in stems]
+    captions_by_stem = captions_of(data)
+    stems, names = list(captions_by_stem), list(captions_by_stem.values())
     repeats = 1 if gpu else 4
     pictures = draw(processes, "auto", run, names * repeats)
     real = [Image.open(data / "images" / f"{stem}.png").convert("RGB") for stem in stems]
