@@ -22,7 +22,7 @@ from util.files import sha256_of, write_whole
 from util.logging import say
 from util.randomness import derive
 
-TARGETS = r"\w*blocks\.\d+\.(attn\.qkv|attn\.proj|((img|txt)_)?(qkv|attn_proj|mlp\.w\d+)|mlp\.w\d+)"  # of JiT and of MM-JiT
+TARGETS = r"\w*blocks\.\d+\.(attn\.(qkv|proj)|(img_|txt_)?(qkv|attn_proj|mlp\.w\d+))"  # of JiT and of MM-JiT
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 OF_PEFT = "base_model.model."  # before a network's own names in its files
 NAME = "default"  # peft's name of an adapter

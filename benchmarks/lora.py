@@ -23,8 +23,11 @@ from sampling import LoadedPainter, load_painter
 from util.sheet import save_sheet
 
 STEPS, RANK, REPEATS = 400, 32, 4
-RATES = {"whole": (3e-4, 1e-3, 3e-3), "adapters": (1e-3, 3e-3, 1e-2)}
 DATA = ("outlines", "both")
+TRIALS = (  # data, what is trained, learning rate
+    ("both", "whole", 3e-4), ("both", "whole", 1e-3), ("both", "adapters", 1e-3), ("both", "adapters", 3e-3),
+    ("outlines", "whole", 1e-3), ("outlines", "adapters", 3e-3),
+)  # fmt: skip
 
 
 def outlined(picture: Image.Image) -> Image.Image:
@@ -110,12 +113,9 @@ def main() -> None:
     base = judged(load_painter(args.emoji / "run", device="cpu"), args.out / "both", args.out / "base.png")
     print("| trained | on | rate | outlines right | base's prompts right | kept, MB | seconds |\n|---|---|---|---|---|---|---|")
     print(f"| nothing | | | {base['outlines']:.1%} | {base['base']:.1%} | | |", flush=True)
-    for data in reversed(DATA):
-        for what, rates in RATES.items():
-            for lr in rates:
-                found = trial(args.out, args.emoji, what, data, lr)
-                shares = f"{found['outlines']:.1%} | {found['base']:.1%}"
-                print(f"| {what} | {data} | {lr:g} | {shares} | {found['bytes'] / 1e6:.2f} | {found['seconds']:.0f} |", flush=True)
+    for data, what, lr in TRIALS:
+        found = trial(args.out, args.emoji, what, data, lr)
+        print(f"| {what} | {data} | {lr:g} | {found['outlines']:.1%} | {found['base']:.1%} | {found['bytes'] / 1e6:.2f} | {found['seconds']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

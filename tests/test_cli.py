@@ -329,7 +329,7 @@ def test_our_folder_datasets_does_not_disturb_transformers(llm_folder, tmp_path)
     (site / "datasets-5.2.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: datasets\nVersion: 5.2.0\n")
     (site / "datasets").mkdir()
     (site / "datasets" / "__init__.py").write_text("__version__ = '5.2.0'\n")
-    code = "import main_jit, torch; from config import TextConfig; from text_encoder import LanguageModel; "
+    code = "import main_jit, torch, peft, diffusers; from config import TextConfig; from text_encoder import LanguageModel; "
     code += f"LanguageModel(TextConfig({str(llm_folder())!r})).load(torch.device('cpu')); print('loaded')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(site)})
     assert done.stdout.strip() == "loaded", done.stderr[-2000:]
