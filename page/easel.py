@@ -101,7 +101,7 @@ class Easel:
 @contextmanager
 def times_told(net: nn.Module, tell: Callable[[float], None]) -> Iterator[None]:
     """Inside, each call of the network first tells its time t: 0 noise, 1 data."""
-    handle = net.register_forward_pre_hook(lambda _, args: tell(args[1][0].item()))
+    handle = net.register_forward_pre_hook(lambda _, inputs: tell(inputs[1][0].item()))
     try:
         yield
     finally:

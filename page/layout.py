@@ -1,5 +1,7 @@
 """The page itself: what stands on it, and what its buttons do."""
 
+import html
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +20,13 @@ from sampling import LoadedPainter
 from util import hub
 from util.errors import UserError
 
+Ask = Callable[[Mapping[str, Any], Rules], Order]  # the functions of asked.py
+Boxes = dict[str, gr.components.Component]  # by the names that those know
 WAITING = 20  # visitors in the queue
 FONT = ["system-ui", "Noto Sans JP", "Noto Sans CJK JP", "Hiragino Sans", "Yu Gothic UI", "sans-serif"]
 BAR = gr.Progress()
 CRISP = 128  # pictures of fewer pixels are enlarged without smoothing
-CSS = ".crisp img { image-rendering: pixelated; } .progress-text { white-space: nowrap; }"
+CSS = ".crisp img { image-rendering: pixelated; } #status { min-height: 5em; }"
 
 
 def headline(painter: LoadedPainter, path: Path) -> str:
@@ -38,61 +42,56 @@ def headline(painter: LoadedPainter, path: Path) -> str:
     return " · ".join(facts)
 
 
-def ask_for_prompts(rules: Rules) -> dict[str, gr.components.Component]:
-    if rules.model.is_text:
-        prompts = gr.Textbox(label="プロンプト（1 行に 1 枚）/ prompts, a picture a line", lines=4, max_lines=12, elem_id="prompts")
-    else:
-        prompts = labels_box("ラベル（複数可）/ labels", "prompts", rules, several=True)
-    times = gr.Number(1, label="回数（全部の行を、次の番号で描き足します）/ times: all lines again, with the next numbers", elem_id="times")
-    return {"prompts": prompts, "times": times}
+def ask_for_prompts(rules: Rules) -> Boxes:
+    again = "全部の行を、番号を進めながら繰り返し描きます / all lines are drawn this often, each time with the next numbers"
+    return {"prompts": prompts_box(rules, "prompts", several=True), "times": gr.Number(1, label="回数 / times", info=again, elem_id="times")}
 
 
-def ask_for_scales(rules: Rules) -> dict[str, gr.components.Component]:
-    if rules.model.is_text:
-        prompt = gr.Textbox(label="プロンプト / prompt", max_lines=1, elem_id="prompt")
-    else:
-        prompt = labels_box("ラベル / label", "prompt", rules)
-    scales = gr.Textbox("1, 2, 3, 4", label="cfg の値（コンマ区切り）/ values of cfg, between commas", max_lines=1, elem_id="scales")
+def ask_for_scales(rules: Rules) -> Boxes:
+    prompt = prompts_box(rules, "prompt", several=False)
+    scales = gr.Textbox("1, 2, 3, 4", label="cfg の値 / values of cfg", info="コンマ区切り / between commas", max_lines=1, elem_id="scales")
     return {"prompt": prompt, "scales": scales, "number": number_box("scales")}
 
 
-def ask_for_words(rules: Rules) -> dict[str, gr.components.Component]:
+def ask_for_words(rules: Rules) -> Boxes:
     template = gr.Textbox(
         label="プロンプト / prompt", info=f"変える語の場所に {asked.HOLE} と書きます / write {asked.HOLE} in place of the word that changes",
         placeholder=f"{asked.HOLE}柴犬", max_lines=1, elem_id="template",
     )  # fmt: skip
-    words = gr.Textbox(label="語（コンマ区切り）/ words, between commas", placeholder="赤い, 青い", max_lines=1, elem_id="words")
+    words = gr.Textbox(label="語 / words", info="コンマ区切り / between commas", placeholder="赤い, 青い", max_lines=1, elem_id="words")
     return {"template": template, "words": words, "number": number_box("words")}
 
 
-def labels_box(label: str, name: str, rules: Rules, several: bool = False) -> gr.Dropdown:
-    choices = [str(i) for i in range(rules.model.class_num)]
+def prompts_box(rules: Rules, name: str, several: bool) -> gr.Textbox | gr.Dropdown:
+    """To type into, or the labels of a class model."""
+    if rules.model.is_text:
+        label = "プロンプト（1 行に 1 枚）/ prompts, a picture a line" if several else "プロンプト / prompt"
+        return gr.Textbox(label=label, lines=4 if several else 1, max_lines=12 if several else 1, elem_id=name)
+    label, choices = "ラベル（複数可）/ labels" if several else "ラベル / label", [str(i) for i in range(rules.model.class_num)]
     return gr.Dropdown(choices, value=["0"] if several else "0", multiselect=several, label=label, elem_id=name)
 
 
 def number_box(tab: str) -> gr.Number:
-    return gr.Number(0, label="絵の番号（同じ番号は同じノイズ）/ picture number: the same noise", elem_id=f"number-{tab}")
+    same = "同じ番号とシードなら同じノイズです / the same number and seed are the same noise"
+    return gr.Number(0, label="絵の番号 / picture number", info=same, elem_id=f"number-{tab}")
 
 
-def settings(easel: Easel, rules: Rules) -> dict[str, gr.components.Component]:
+def settings(easel: Easel) -> Boxes:
     """As the checkpoint says, to begin with."""
     job = easel.painter.job
     usual, (low, high) = job.drawing.sampler, job.drawing.sampler.cfg_interval
     with gr.Row():
         boxes = {"seed": gr.Number(job.run.seed, label="シード / seed", elem_id="seed", min_width=90)}
         boxes["cfg"] = gr.Number(usual.cfg_scale, label="cfg", elem_id="cfg", min_width=90)
-        boxes["steps"] = gr.Number(usual.steps, label=f"ステップ数 / steps ≤ {rules.most_steps}", elem_id="steps", min_width=90)
+        boxes["steps"] = gr.Number(usual.steps, label="ステップ数 / steps", elem_id="steps", min_width=90)
     with gr.Row():
         boxes["interval_min"] = gr.Number(low, label="interval_min", elem_id="interval_min", min_width=90)
         boxes["interval_max"] = gr.Number(high, label="interval_max", elem_id="interval_max", min_width=90)
-        boxes["method"] = gr.Radio(SOLVERS, value=usual.method, label="ソルバー / solver", elem_id="method", min_width=90)
+        boxes["method"] = gr.Dropdown(SOLVERS, value=usual.method, label="ソルバー / solver", elem_id="method", min_width=90)
     return boxes
 
 
-Ask = Callable[[Mapping[str, Any], Rules], Order]
-
-
-def drawing_event(easel: Easel, rules: Rules, ask: Ask, boxes: Mapping[str, gr.components.Component], outputs: Sequence[gr.components.Component]) -> Callable:
+def drawing_event(easel: Easel, rules: Rules, ask: Ask, boxes: Boxes, outputs: Sequence[gr.components.Component]) -> Callable:
     """What a button does: from the values of its boxes to pictures, as they are drawn.  outputs: gallery, status, download."""
     gallery, status, download = outputs
 
@@ -107,15 +106,26 @@ def drawing_event(easel: Easel, rules: Rules, ask: Ask, boxes: Mapping[str, gr.c
         except Stopped:
             said = "止めました / stopped"
         except UserError as error:
-            raise gr.Error(str(error), title="描けません / not drawn", print_exception=False) from error
-        except torch.OutOfMemoryError as error:
-            raise gr.Error("メモリが足りません。枚数を減らしてください / out of memory; try fewer pictures", print_exception=False) from error
+            said = refusal(str(error))
+        except torch.OutOfMemoryError:
+            said = refusal("メモリが足りません。枚数を減らしてください / out of memory; try fewer pictures")
         if drawing:
             yield {status: said, download: gr.DownloadButton(value=drawing.zipped(), interactive=True)}
         else:
             yield {status: said}
 
     return draw
+
+
+def refusal(why: str) -> str:
+    """Beside the pictures, which stay, and in a corner of the page."""
+    gr.Warning(html.escape(why))
+    return as_is(f"描けません / not drawn: {why}")
+
+
+def as_is(text: str) -> str:
+    """Markdown that shows these very letters."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
 
 
 def stop_event(easel: Easel) -> Callable:
@@ -125,37 +135,45 @@ def stop_event(easel: Easel) -> Callable:
     return stop
 
 
+def easel_column(rules: Rules) -> tuple[list[gr.components.Component], gr.Button]:
+    """Where the pictures appear.  Returns: gallery, status and download; the button that stops."""
+    crisp = "crisp" if rules.model.img_size < CRISP else ""
+    gallery = gr.Gallery(
+        label="絵 / pictures", columns=4, height=520, object_fit="contain", interactive=False,
+        buttons=["download", "fullscreen"], elem_id="gallery", elem_classes=crisp,
+    )  # fmt: skip
+    status = gr.Markdown(elem_id="status")
+    with gr.Row():
+        stop = gr.Button("止める / stop", elem_id="stop")
+        download = gr.DownloadButton("すべて保存 / save all (.zip)", interactive=False, elem_id="download")
+    return [gallery, status, download], stop
+
+
 def build(easel: Easel, rules: Rules, head: str) -> gr.Blocks:
-    """The page."""
-    kinds: list[tuple[str, str, Callable, Ask]] = [
+    """The page: three ways to ask, settings that they share, one place for the pictures."""
+    ways: list[tuple[str, str, Callable, Ask]] = [
         ("描く / draw", "draw", ask_for_prompts, asked.pictures),
-        ("cfg を変える / cfg strip", "draw-scales", ask_for_scales, asked.over_cfg),
-        ("1 語を変える / word strip", "draw-words", ask_for_words, asked.over_words),
+        ("cfg 比較 / cfg strip", "draw-scales", ask_for_scales, asked.over_cfg),
+        ("単語比較 / word strip", "draw-words", ask_for_words, asked.over_words),
     ]
-    with gr.Blocks(title="JiT-T2I", analytics_enabled=False) as blocks:
-        gr.Markdown(f"### {head}", elem_id="head")
+    with gr.Blocks(title="JiT-T2I", analytics_enabled=False, fill_width=True) as blocks:
+        gr.Markdown(f"### {as_is(head)}", elem_id="head")
         with gr.Row():
             with gr.Column(scale=2, min_width=360):
-                buttons = []
+                asking = []
                 with gr.Tabs():
-                    for title, name, boxes_of, ask in kinds[: 3 if rules.model.is_text else 2]:
-                        with gr.Tab(title):
+                    for title, name, boxes_of, ask in ways[: 3 if rules.model.is_text else 2]:
+                        with gr.Tab(title, elem_id=f"tab-{name}"):
                             boxes = boxes_of(rules)
-                            buttons.append((gr.Button("描く / draw", variant="primary", elem_id=name), boxes, ask))
-                shared = settings(easel, rules)
+                            asking.append((gr.Button("描く / draw", variant="primary", elem_id=name), boxes, ask))
+                shared = settings(easel)
             with gr.Column(scale=3, min_width=360):
-                crisp = "crisp" if rules.model.img_size < CRISP else ""
-                gallery = gr.Gallery(label="絵 / pictures", columns=4, object_fit="contain", height=520, interactive=False,
-                                     buttons=["download", "fullscreen"], elem_id="gallery", elem_classes=crisp)  # fmt: skip
-                status = gr.Markdown(elem_id="status")
-                with gr.Row():
-                    stop = gr.Button("止める / stop", variant="stop", elem_id="stop")
-                    download = gr.DownloadButton("すべて保存 / download all (.zip)", interactive=False, elem_id="download")
-        for button, boxes, ask in buttons:
-            fields = boxes | shared
+                outputs, stop = easel_column(rules)
+        for button, boxes, ask in asking:
+            boxes |= shared
             button.click(
-                drawing_event(easel, rules, ask, fields, (gallery, status, download)), set(fields.values()), [gallery, status, download],
-                concurrency_id="drawing", concurrency_limit=1, api_visibility="private", show_progress_on=gallery,
+                drawing_event(easel, rules, ask, boxes, outputs), set(boxes.values()), outputs,
+                concurrency_id="drawing", concurrency_limit=1, api_visibility="private", show_progress_on=outputs[1],
             )  # fmt: skip
         stop.click(stop_event(easel), queue=False, api_visibility="private")
         blocks.unload(stop_event(easel))  # the visitor is gone

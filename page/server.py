@@ -15,7 +15,7 @@ from util.errors import UserError
 from util.logging import say
 
 LARGEST_BODY = 1 << 20  # bytes of a request
-POSTS = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
+POSTS = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset", "/gradio_api/run/predict")  # the last, of what is not queued
 GETS = ("/gradio_api/queue/data", "/gradio_api/heartbeat/", "/gradio_api/info")  # and the drawings' files
 HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
@@ -44,7 +44,8 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     try:
         place = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise UserError(f"--host {host} --port {port} cannot be had ({error.strerror}); try another --port") from error
+        why = (error.strerror or str(error)).split(" (while")[0]
+        raise UserError(f"--host {host} --port {port} cannot be had ({why}); try another --port") from error
     with place:
         if not is_loopback(host):
             say(f"warning: --host {host}: anyone who reaches port {place.getsockname()[1]} of this machine can draw")
