@@ -24,7 +24,7 @@ class Stopped(Exception):
 
 
 @dataclass
-class Drawing:
+class Canvas:
     """An order as far as it is drawn."""
 
     visitor: str
@@ -52,31 +52,31 @@ class Easel:
         if painter.job.text:
             _ = painter.encoder  # now, not while the first visitor waits
         self.painter, self.folder, self.lock = painter, folder, threading.Lock()
-        self.current: Drawing | None = None
+        self.current: Canvas | None = None
         self.kept: deque[Path] = deque()
 
-    def draw(self, order: Order, visitor: str, tell: Callable[[float], None]) -> Iterator[Drawing]:
-        """The drawing after each part of it; its files are those of --generate, byte for byte.
+    def draw(self, order: Order, visitor: str, tell: Callable[[float], None]) -> Iterator[Canvas]:
+        """The canvas after each part of it; its files are those of --generate, byte for byte.
 
         Args: tell: of the share that is done, 0 to 1, at every step of the solver.  Raises: Stopped.
         """
-        self.current = drawing = Drawing(visitor, self.new_folder())
+        self.current = canvas = Canvas(visitor, self.new_folder())
         for part in order.parts:
-            done, size = len(drawing.pictures), len(part.prompts)
+            done, size = len(canvas.pictures), len(part.prompts)
 
             def go_on(t: float, done: int = done, size: int = size) -> None:
-                if drawing.stopped:
+                if canvas.stopped:
                     raise Stopped
                 tell((done + size * t) / order.count)
 
             with self.lock, times_told(self.painter.weights.net, go_on):
                 pictures = self.painter(part.prompts, part.sampler, order.seed, part.first)
             places = range(done, done + size)
-            save_pictures(drawing.folder, places, pictures, digits=4)
-            drawing.pictures += [(drawing.folder / f"{place:04d}.png", note) for place, note in zip(places, part.notes)]
-            drawing.prompts += map(str, part.prompts)
-            drawing.settings += [f"{place:04d}.png: {self.setting(order, part, i)}" for i, place in enumerate(places)]
-            yield drawing
+            save_pictures(canvas.folder, places, pictures, digits=4)
+            canvas.pictures += [(canvas.folder / f"{place:04d}.png", note) for place, note in zip(places, part.notes)]
+            canvas.prompts += map(str, part.prompts)
+            canvas.settings += [f"{place:04d}.png: {self.setting(order, part, i)}" for i, place in enumerate(places)]
+            yield canvas
 
     def setting(self, order: Order, part: Part, i: int) -> str:
         """How picture i of a part is drawn, in a line."""

@@ -96,12 +96,12 @@ def drawing_event(easel: Easel, rules: Rules, ask: Ask, boxes: Boxes, outputs: S
     gallery, status, download = outputs
 
     def draw(values: dict, request: gr.Request, progress=BAR) -> Iterator[dict]:
-        start, drawing = time.perf_counter(), None
+        start, canvas = time.perf_counter(), None
         try:
             order = ask({name: values[box] for name, box in boxes.items()}, rules)
-            for drawing in easel.draw(order, request.session_hash, lambda share: progress(share, desc="描いています / drawing")):
-                count = f"{len(drawing.pictures)} / {order.count} 枚（pictures）"
-                yield {gallery: drawing.pictures, status: f"{count} …"}
+            for canvas in easel.draw(order, request.session_hash, lambda share: progress(share, desc="描いています / drawing")):
+                count = f"{len(canvas.pictures)} / {order.count} 枚（pictures）"
+                yield {gallery: canvas.pictures, status: f"{count} …"}
             said = f"{count}, {time.perf_counter() - start:.1f} s"
         except Stopped:
             said = "止めました / stopped"
@@ -109,8 +109,8 @@ def drawing_event(easel: Easel, rules: Rules, ask: Ask, boxes: Boxes, outputs: S
             said = refusal(str(error))
         except torch.OutOfMemoryError:
             said = refusal("メモリが足りません。枚数を減らしてください / out of memory; try fewer pictures")
-        if drawing:
-            yield {status: said, download: gr.DownloadButton(value=drawing.zipped(), interactive=True)}
+        if canvas:
+            yield {status: said, download: gr.DownloadButton(value=canvas.zipped(), interactive=True)}
         else:
             yield {status: said}
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_the_easel_paints_the_files_of_generate_and_keeps_few_of_them(text_data,
     painter = load_painter(trained, device="cpu")
     easel, told = Easel(painter, tmp_path), []
     order = asked.pictures(LIST | {"prompts": "\n".join(PROMPTS)}, TEXT)
-    steps = [[path.read_bytes() for path, _ in drawing.pictures] for drawing in easel.draw(order, "me", told.append)]
+    steps = [[path.read_bytes() for path, _ in canvas.pictures] for canvas in easel.draw(order, "me", told.append)]
     assert [len(step) for step in steps] == [3, 6] and steps[1][:3] == steps[0] == wanted
     sampler = painter.job.drawing.sampler
     assert steps[1][3:] == as_png(painter(PROMPTS, sampler, seed=3, first=3), tmp_path / "later")
@@ -217,8 +218,8 @@ def programs(tmp_path_factory):
         return running[kind]
 
     yield get
-    for program in running.values():
-        program.process.terminate()
+    for kind, program in running.items():
+        program.process.send_signal(signal.SIGINT if kind == "class" else signal.SIGTERM)
         assert program.process.wait(30) == 0
     assert not list(root.glob("tmp/jit-page-*"))
 
