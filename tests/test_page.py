@@ -243,13 +243,14 @@ def start(trained: Path, watch: Path) -> Program:
 
 @pytest.fixture
 def visit(chromium):
-    """visit(program) -> a visitor's page; at the end, whether any of them has asked another host for anything."""
-    visitors, asked_for = [], []
+    """visit(program) -> a visitor's page; at the end, whether any of them has asked another host for anything, or was kept from it."""
+    visitors, asked_for, blocked = [], [], []
 
     def open_page(program: Program):
         context = chromium.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True, locale="ja-JP")
         visitors.append(context)
         context.on("request", lambda request: asked_for.append((program.url, request.url)))
+        context.on("console", lambda line: blocked.append(line.text) if "Content Security Policy" in line.text else None)
         tab = context.new_page()
         tab.set_default_timeout(60_000)
         tab.goto(program.url)
@@ -260,7 +261,7 @@ def visit(chromium):
     for context in visitors:
         context.close()
     hosts = {urlsplit(url).netloc for own, url in asked_for if not url.startswith((own, "data:", "blob:"))}
-    assert asked_for and hosts == set()
+    assert asked_for and hosts == set() and blocked == []
 
 
 def fill(tab, **values) -> None:
