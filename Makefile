@@ -1,10 +1,10 @@
-# make setup | demo | demo-scenes | demo-emoji | test | test-all | lint        PYTHON=... uses that Python's environment as it is, without .venv
+# make setup | demo | demo-scenes | demo-emoji | test | test-page | test-all | lint        PYTHON=... uses that Python's environment as it is, without .venv
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 BASE_PYTHON ?= python3
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: setup demo demo-scenes demo-emoji test test-all lint
+.PHONY: setup demo demo-scenes demo-emoji test test-page test-all lint
 setup: $(READY)
 
 $(VENV)/.ready: pyproject.toml
@@ -30,9 +30,19 @@ demo-emoji: $(READY)
 test: $(READY)
 	$(PYTHON) -m pytest
 
+# The page in a real browser, Debian's chromium.
+test-page: $(READY)
+	@if ! command -v chromium >/dev/null; then \
+		if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+			echo "error: make test-page needs chromium: sudo apt-get install chromium fonts-noto-cjk" >&2; exit 1; \
+		fi; \
+		apt-get update -qq && apt-get install -y -qq chromium fonts-noto-cjk >/dev/null; \
+	fi
+	$(PYTHON) -m pytest -m page -n 0 tests/test_page.py
+
 # Many more fuzzed inputs, and runs killed at random moments.
 test-all: $(READY)
-	FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest -m "long or not long"
+	FUZZ_EXAMPLES=2000 $(PYTHON) -m pytest -m "not page"
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -687,6 +687,47 @@ class ExportJob(Config):
         check_lora(self.lora, self.lora_scale)
 
 
+@dataclass(frozen=True)
+class AppJob(Config):
+    """app.py."""
+
+    resume: str = flag(
+        "", "resume", "checkpoint file, or folder with checkpoint-last.pth", "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ"
+    )
+    weights: str = flag("1", "eval_ema", "weights that draw", "描画に使う重み", choices=("1", "2", "raw"))
+    device: str = flag("auto", "device", "auto: a GPU where there is one", "auto は GPU があれば GPU", choices=("auto", "cuda", "cpu"))
+    llm: str | None = flag(
+        None, "llm_model_name", "where the language model's folder is now", "言語モデルのフォルダの現在の場所", shown="as the checkpoint says"
+    )
+    trust_remote_code: bool = flag(
+        False,
+        "trust_remote_code",
+        "run the Python code that the language model brings along; only for authors you trust",
+        "言語モデルに同梱された Python コードを実行します。作者を信頼できる場合に限ります",
+    )
+    host: str = flag(
+        "127.0.0.1",
+        "host",
+        "address that the page is served at; 0.0.0.0 lets everyone in who reaches this machine",
+        "ページを公開するアドレス。0.0.0.0 にすると、この機械に届く人は誰でも使えます",
+    )
+    port: int = flag(
+        7860,
+        "port",
+        "of the page; 0: any that is free",
+        "ページのポート。0 なら空いているポート",
+        bounds=Bounds("[0, 65535]", "be in [0, 65535]", range(65536).__contains__),
+    )
+    lora: str | None = flag(None, "lora", "folder with adapters that are added to the weights", "重みに足すアダプタのフォルダ")
+    lora_scale: float = flag(1.0, "lora_scale", "how much of them", "足す強さ")
+    most_pictures: int = flag(64, "most_pictures", "pictures of one drawing at most", "一度に描ける枚数の上限", bounds=AT_LEAST_1)
+    most_steps: int = flag(250, "most_steps", "steps of the solver at most", "ソルバーのステップ数の上限", bounds=AT_LEAST_1)
+
+    def check(self) -> None:
+        require(self.resume != "", "--resume FOLDER_OR_FILE: which checkpoint?")
+        check_lora(self.lora, self.lora_scale)
+
+
 LONG_TEXT = 256  # --max_text_len of MMJiT, as released
 TEXT_FLAGS = ("llm_model_name", "max_text_len", "llm_layer", "llm_dtype", "text_norm", "text_cache", "text_cache_dir", "held_out", "missing_captions")
 TEXT_FLAGS += ("eval_captions", "clip_model", "trust_remote_code", "data_format", "image_column", "caption_column", "image_root")

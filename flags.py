@@ -17,6 +17,7 @@ from config import (
     LONG_TEXT,
     NEIGHBOURHOOD,
     SEVERAL,
+    AppJob,
     Averages,
     CacheJob,
     Config,
@@ -397,6 +398,14 @@ def parse_export(argv: Sequence[str] | None = None) -> ExportJob:
         parser.add(parser, known, default, kind)
     given = parser.read(argv)
     return build(ExportJob, given)
+
+
+def parse_app(argv: Sequence[str] | None = None) -> AppJob:
+    """app.py."""
+    parser = Parser("A page in the browser to type prompts into.")
+    for known, default, kind in flags_in(AppJob):
+        parser.add(parser, known, default, kind)
+    return build(AppJob, parser.read(argv))
 
 
 # --- docs/flags.md

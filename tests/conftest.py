@@ -123,15 +123,20 @@ def text_data(tmp_path):
     return write_text_data(tmp_path / "data")
 
 
-@pytest.fixture
-def class_data(tmp_path):
+def write_class_data(root: Path) -> Path:
+    """Random pictures of three classes."""
     rng = np.random.default_rng(0)
     for name in ("n01", "n02", "n03"):
-        folder = tmp_path / "classes" / "train" / name
+        folder = root / "train" / name
         folder.mkdir(parents=True)
         for i in range(4):
             Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.JPEG")
-    return tmp_path / "classes"
+    return root
+
+
+@pytest.fixture
+def class_data(tmp_path):
+    return write_class_data(tmp_path / "classes")
 
 
 def child(action) -> int:

@@ -180,8 +180,8 @@ def test_every_flag_changes_the_job_and_is_explained():
 
 
 def test_help_and_what_flags_alone_decide_come_without_torch():
-    cannot_work = {"prepare_ref.py": ["--img_size", "0", "--out", "x.npz"], "export.py": ["--out", "x"]}
-    for program in ("main_jit.py", "cache_text.py", "prepare_ref.py", "export.py"):
+    cannot_work = {"prepare_ref.py": ["--img_size", "0", "--out", "x.npz"], "export.py": ["--out", "x"], "app.py": ["--port", "0"]}
+    for program in ("main_jit.py", "cache_text.py", "prepare_ref.py", "export.py", "app.py"):
         for argv, code in ((["--help"], 0), (["--no_such_flag"], 2), (cannot_work.get(program, ["--img_size", "250"]), 1)):
             start = time.perf_counter()
             done = subprocess.run([sys.executable, program, *argv], cwd=ROOT, capture_output=True, text=True)
@@ -221,7 +221,7 @@ def test_what_a_user_sees_is_one_line(argv, message, tmp_path, monkeypatch, caps
     assert stop.value.code == 1 and printed.startswith(message) and printed.count("\n") == 1
 
 
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("data", "evaluation", "export", "running", "text", "models", "troubleshooting"))]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("data", "evaluation", "export", "page", "running", "text", "models", "troubleshooting"))]
 PAIRS = [(page, "README_ja.md" if page == "README.md" else page.replace("docs/", "docs/ja/")) for page in PAGES]
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 
@@ -236,6 +236,7 @@ def commands(name: str) -> list[str]:
 def check_command(line: str) -> None:
     """It parses, and what it names is there."""
     parsers = {"main_jit.py": flags.parse, "cache_text.py": flags.parse_cache, "prepare_ref.py": flags.parse_reference, "export.py": flags.parse_export}
+    parsers["app.py"] = flags.parse_app
     for program, parse in parsers.items():
         rest = line.split(f"{program} ", 1)[1:]
         if rest and rest != ["--help"]:
@@ -291,8 +292,8 @@ def test_the_readmes_are_for_a_reader_in_a_hurry(name):
 @pytest.mark.parametrize("name", [page for pair in PAIRS for page in pair])
 def test_flags_and_links_on_every_page_are_there(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    exports = {f"--{known.name}" for known, _, _ in flags.flags_in(flags.ExportJob)}
-    known = {*flags.get_parser().options, *exports, "--help", "--out", "--text_pooling", "--nproc_per_node", "--max-restarts", "--signals-to-handle"}
+    others = {f"--{known.name}" for job in (flags.ExportJob, flags.AppJob) for known, _, _ in flags.flags_in(job)}
+    known = {*flags.get_parser().options, *others, "--help", "--out", "--text_pooling", "--nproc_per_node", "--max-restarts", "--signals-to-handle"}
     assert set(re.findall(r"`(--[\w-]+)", text)) <= known
     for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
         assert ((ROOT / name).parent / link).exists(), link

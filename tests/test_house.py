@@ -11,8 +11,8 @@ from conftest import ROOT
 from exporting import package
 
 FLOORS = {
-    5: ("main_jit", "cache_text", "prepare_ref", "export"),
-    4: ("flags", "prepare", "evaluation", "exporting"),
+    5: ("main_jit", "cache_text", "prepare_ref", "export", "app"),
+    4: ("flags", "prepare", "evaluation", "exporting", "page"),
     3: ("engine_jit", "sampling", "text_features"),
     2: ("resume", "released", "exported", "transfer", "lora", "conditioning", "text_encoder", "datasets", "denoiser", "models_jit", "models_mmjit"),
     1: ("config", "util"),
@@ -20,7 +20,7 @@ FLOORS = {
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for path in [*ROOT.glob("*.py"), *(path for folder in ("evaluation", "exporting", "datasets", "util") for path in (ROOT / folder).glob("*.py"))]
+    for path in [*ROOT.glob("*.py"), *(path for folder in ("evaluation", "exporting", "page", "datasets", "util") for path in (ROOT / folder).glob("*.py"))]
     if path.name != "__init__.py"
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
