@@ -17,7 +17,7 @@ from util import distributed as dist
 from util.feature_store import FeatureRows
 from util.parallel import to_device
 from util.randomness import uniform
-from util.text import PackedText, Text, Y
+from util.text import Embedded, PackedText, Text, Y
 
 
 class Conditions(Protocol):
@@ -159,9 +159,9 @@ def of_labels(num_classes: int, prompts: Sequence[int]) -> Conditioning:
     return Conditioning(LabelConditions(num_classes), torch.tensor(prompts))
 
 
-def expand_null(null: Y, count: int) -> Y:
+def expand_null(null: Y | Embedded, count: int) -> Y | Embedded:
     """(1, ...) -> (count, ...)."""
-    return null.expand(count) if isinstance(null, Text) else null.expand(count, *null.shape[1:])
+    return null.expand(count, *null.shape[1:]) if isinstance(null, Tensor) else null.expand(count)
 
 
 def drop_conditions(y: Y, null: Y, numbers: Sequence[int], probability: float, seed: int) -> Y:

@@ -19,7 +19,7 @@ SIZES = {  # models_jit.SIZES and models_mmjit.SIZES say what they are
     "MMJiT": ("Nano", "Ti", "S", "B", "M", "L", "XL"),
 }
 CONDITIONS = {("JiT", ""): "labels", ("JiT", "-Text"): "pooled", ("JiT", "-Tokens"): "tokens", ("MMJiT", ""): "tokens"}
-SOLVERS = ("heun", "euler")  # denoiser.SOLVERS has them
+SOLVERS = ("heun", "euler", "ab2", "dpmpp2m")  # denoiser.SOLVERS has them
 LAYERS = ("last", "-2", "middle", "mean")
 SEVERAL = "--sweep needs several settings to choose from; try --eval_ema 1,2,raw --cfg 1.0:4.0:0.1 --interval 0-1,0.1-1"
 NEIGHBOURHOOD = 3  # nearest neighbours that span the manifold in precision and recall
@@ -185,7 +185,13 @@ class DiffusionConfig(Config):
 
 @dataclass(frozen=True)
 class SamplerConfig(Config):
-    method: str = flag("heun", "sampling_method", "solver; the last step is Euler's either way", "ソルバー。最後のステップは常に Euler です", choices=SOLVERS)
+    method: str = flag(
+        "heun",
+        "sampling_method",
+        "solver: `heun` calls the network twice a step, the others once; `ab2` and `dpmpp2m` need the fewest calls (docs/running.md)",
+        "ソルバー。`heun` は 1 ステップに 2 回、他は 1 回ネットワークを呼びます。呼び出しが最も少なくて済むのは `ab2` と `dpmpp2m` です（docs/ja/running.md）",
+        choices=SOLVERS,
+    )
     steps: int = flag(50, "num_sampling_steps", "steps of the solver from noise to picture", "ノイズから画像までのソルバーのステップ数", bounds=AT_LEAST_1)
     cfg_scale: float = flag(
         1.0,
@@ -196,6 +202,13 @@ class SamplerConfig(Config):
         several="numbers",
     )
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # range of t where guidance acts
+    time_shift: float = flag(
+        1.0,
+        "time_shift",
+        "above 1 the steps near the noise are shorter, 1 is even steps",
+        "1 より大きいとノイズ側のステップが細かくなります。1 は等間隔",
+        bounds=POSITIVE,
+    )
 
     def check(self) -> None:
         low, high = self.cfg_interval

@@ -5,16 +5,17 @@ The network is only a callable net(z_t, t, y) -> x_pred here. z, t, v and the so
 may run it under bf16 autocast: v divides by 1 - t, and bf16's rounding of z or v would show as salt-and-pepper noise.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from config import DiffusionConfig, SamplerConfig
-from util.text import Y
+from util.text import Embedded, Y, joined
 
-Net = Callable[[Tensor, Tensor, Y], Tensor]
+Net = Callable[[Tensor, Tensor, Y | Embedded], Tensor]
 VelocityFn = Callable[[Tensor, float], Tensor]
 
 
@@ -50,66 +51,97 @@ def denoising_loss(net: Net, x: Tensor, normal: Tensor, t: Tensor, y: Y, config:
     return (velocity(x, z_t, t, config.t_eps) - velocity(x_pred, z_t, t, config.t_eps)).square().mean()
 
 
-def net_velocity(net: Net, y: Y, t_eps: float = 0.05) -> VelocityFn:
-    """v_fn(z, t) of the network under condition y; t is one number for the whole batch."""
+def guided(net: Net, y: Y | Embedded, y_null: Y | Embedded, diffusion: DiffusionConfig, sampler: SamplerConfig) -> VelocityFn:
+    """v_fn(z, t) of the network under condition y; t is one number for the whole batch.
 
-    def v_fn(z: Tensor, t: float) -> Tensor:
-        t_batch = torch.full((len(z),), t, dtype=torch.float32, device=z.device)
-        return velocity(net(z, t_batch, y).float(), z, t_batch, t_eps)
-
-    return v_fn
-
-
-def guided(v_cond: VelocityFn, v_null: VelocityFn, scale: float, interval: tuple[float, float]) -> VelocityFn:
-    """Classifier-free guidance where interval[0] < t < interval[1] (from t = 0 on if interval[0] is 0).
-
-    Elsewhere, and at scale 1, the null branch is not computed.  Interval: arXiv:2404.07724; scale on v as in JiT.
+    Classifier-free guidance acts where cfg_interval[0] < t < cfg_interval[1] (from t = 0 on if that begins at 0), both branches in one batch. Elsewhere, and at
+    scale 1, there is no null branch.  Interval: arXiv:2404.07724; scale on v as in JiT.
     """
-    low, high = torch.tensor(interval, dtype=torch.float32).tolist()  # as the published sampler compares: t is float32 there
+    low, high = torch.tensor(sampler.cfg_interval, dtype=torch.float32).tolist()  # as the published sampler compares: t is float32 there
+    scale, both = sampler.cfg_scale, joined(y, y_null)
+
+    def v_of(z: Tensor, t: float, y: Y | Embedded) -> Tensor:
+        t_batch = torch.full((len(z),), t, dtype=torch.float32, device=z.device)
+        return velocity(net(z, t_batch, y).float(), z, t_batch, diffusion.t_eps)
 
     def v_fn(z: Tensor, t: float) -> Tensor:
-        v = v_cond(z, t)
         if scale == 1 or not (t < high and (low < t or low == 0)):
-            return v
-        null = v_null(z, t)
+            return v_of(z, t, y)
+        v, null = v_of(torch.cat([z, z]), t, both).chunk(2)
         return null + scale * (v - null)
 
     return v_fn
 
 
-def euler(v_fn: VelocityFn, z: Tensor, t: float, t_next: float) -> Tensor:
-    return z + (t_next - t) * v_fn(z, t)
-
-
-def heun(v_fn: VelocityFn, z: Tensor, t: float, t_next: float) -> Tensor:
-    """The mean of the velocities at both ends; an Euler step where t_next is 1, since v is not defined there."""
-    v = v_fn(z, t)
-    if t_next < 1:
-        v = (v + v_fn(z + (t_next - t) * v, t_next)) / 2
-    return z + (t_next - t) * v
-
-
-SOLVERS = {"heun": heun, "euler": euler}  # one step of each; --sampling_method names them
-
-
-def solve(v_fn: VelocityFn, z: Tensor, method: str, steps: int) -> Tensor:
-    """Integrate dz/dt = v_fn(z, t) over `steps` uniform steps from t = 0 to 1.
-
-    The times are float32, so that guidance sets in at the same step as in the published sampler.
-    """
-    assert z.dtype == torch.float32, f"the solver's state must be float32, not {z.dtype}"
-    for t, t_next in pairwise(torch.linspace(0, 1, steps + 1).tolist()):
-        z = SOLVERS[method](v_fn, z, t, t_next)
+def euler(v_fn: VelocityFn, z: Tensor, times: Sequence[float]) -> Tensor:
+    for t, t_next in pairwise(times):
+        z = z + (t_next - t) * v_fn(z, t)
     return z
 
 
+def heun(v_fn: VelocityFn, z: Tensor, times: Sequence[float]) -> Tensor:
+    """The mean of the velocities at both ends; an Euler step where t_next is 1, since v is not defined there."""
+    for t, t_next in pairwise(times):
+        v = v_fn(z, t)
+        if t_next < 1:
+            v = (v + v_fn(z + (t_next - t) * v, t_next)) / 2
+        z = z + (t_next - t) * v
+    return z
+
+
+def ab2(v_fn: VelocityFn, z: Tensor, times: Sequence[float]) -> Tensor:
+    """Adams-Bashforth of second order: the velocity goes on as from the step before, which is kept. One call a step; the first step is Euler's."""
+    before, ratio = None, 0.0
+    for (t, t_next), t_after in zip(pairwise(times), [*times[2:], times[-1]]):
+        v = v_fn(z, t)
+        z = z + (t_next - t) * (v if before is None else v + ratio / 2 * (v - before))
+        before, ratio = v, (t_after - t_next) / (t_next - t)
+    return z
+
+
+def dpmpp2m(v_fn: VelocityFn, z: Tensor, times: Sequence[float]) -> Tensor:
+    """DPM-Solver++(2M), algorithm 2 of arXiv:2211.01095, for alpha = t and sigma = 1 - t: x_pred goes on in log(alpha / sigma) as from the step before.
+
+    One call a step. The first step and the last are Euler's: log(alpha / sigma) is infinite at their ends.
+    """
+    before, step_before = None, math.inf
+    for t, t_next in pairwise(times):
+        x, step = z + (1 - t) * v_fn(z, t), log_snr(t_next) - log_snr(t)
+        aim = x if before is None or t_next == 1 else x + step / (2 * step_before) * (x - before)
+        z = z + (t_next - t) / (1 - t) * (aim - z)
+        before, step_before = x, step
+    return z
+
+
+def log_snr(t: float) -> float:
+    return math.log(t / (1 - t)) if 0 < t < 1 else math.copysign(math.inf, t - 0.5)
+
+
+def calls_of(sampler: SamplerConfig) -> int:
+    """Evaluations of the network for a picture, a guided one counted once."""
+    return 2 * sampler.steps - 1 if sampler.method == "heun" else sampler.steps
+
+
+SOLVERS = {"heun": heun, "euler": euler, "ab2": ab2, "dpmpp2m": dpmpp2m}  # --sampling_method names them
+
+
+def times_of(steps: int, shift: float) -> list[float]:
+    """steps + 1 times from 0 to 1; a shift s > 1 makes steps near the noise shorter: 1 - t -> s (1 - t) / (1 + (s - 1) (1 - t)), arXiv:2403.03206.
+
+    Float32, so that guidance sets in at the same step as in the published sampler.
+    """
+    t = torch.linspace(0, 1, steps + 1)
+    return (t if shift == 1 else t / (shift - (shift - 1) * t)).tolist()
+
+
+def solve(v_fn: VelocityFn, z: Tensor, method: str, times: Sequence[float]) -> Tensor:
+    """Integrate dz/dt = v_fn(z, t) through `times`, which go from 0 to 1."""
+    assert z.dtype == torch.float32, f"the solver's state must be float32, not {z.dtype}"
+    return SOLVERS[method](v_fn, z, times)
+
+
 @torch.no_grad()
-def sample(net: Net, normal: Tensor, y: Y, y_null: Y, diffusion: DiffusionConfig, sampler: SamplerConfig) -> Tensor:
-    """Draw pictures.  normal: (B, 3, H, W), standard normal; y, y_null: (B, ...).  Returns: (B, 3, H, W), about [-1, 1]."""
-    v_fn = guided(
-        net_velocity(net, y, diffusion.t_eps),
-        net_velocity(net, y_null, diffusion.t_eps),
-        sampler.cfg_scale,
-        sampler.cfg_interval,
-    )
-    return solve(v_fn, noise_of(normal, diffusion), sampler.method, sampler.steps)
+def sample(net: Net, normal: Tensor, y: Y | Embedded, y_null: Y | Embedded, diffusion: DiffusionConfig, sampler: SamplerConfig) -> Tensor:
+    """Draw pictures.  normal: (B, 3, H, W), standard normal; y, y_null: B rows.  Returns: (B, 3, H, W), about [-1, 1]."""
+    v_fn = guided(net, y, y_null, diffusion, sampler)
+    return solve(v_fn, noise_of(normal, diffusion), sampler.method, times_of(sampler.steps, sampler.time_shift))

@@ -12,7 +12,7 @@ from timm.layers import AttentionRope, RotaryEmbeddingCat
 from torch import Tensor, nn
 
 from config import parse_model_name
-from util.text import Text
+from util.text import Embedded, Text
 
 
 class RMSNorm(nn.RMSNorm):
@@ -250,9 +250,13 @@ class JiT(nn.Module):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, z_t: Tensor, t: Tensor, y: Tensor | Text) -> Tensor:
-        """z_t: (B, 3, H, W); t: (B,) in [0, 1]; y: (B,) labels, (B, text_dim) features or Text.  Returns: x_pred, (B, 3, H, W)."""
-        c, context = self.t_embedder(t), self.y_embedder(y)
+    def embed(self, y: Tensor | Text) -> Embedded:
+        """(B, C) of a label or a vector, (B, L, C) of tokens."""
+        return Embedded(self.y_embedder(y))
+
+    def forward(self, z_t: Tensor, t: Tensor, y: Tensor | Text | Embedded) -> Tensor:
+        """z_t: (B, 3, H, W); t: (B,) in [0, 1]; y: (B,) labels, (B, text_dim) features or Text, or what `embed` made.  Returns: x_pred, (B, 3, H, W)."""
+        c, context = self.t_embedder(t), (y if isinstance(y, Embedded) else self.embed(y)).value
         if context.ndim == 2:  # one vector a picture
             c, context = c + context, context[:, None]
         x, rope = self.x_embedder(z_t) + self.pos_embed, self.rope

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from config import parse_model_name
 from models_jit import BottleneckPatchEmbed, RMSNorm, initialize_linears, sincos_table, text_angles, unpatchify
-from util.text import Text
+from util.text import Embedded, Text
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines of the angles of RoPE, (T, D / 2) each, float32: taken once for all blocks
 
@@ -156,18 +156,19 @@ class MMJiT(nn.Module):
         """Where the text comes in, by the name that it has in JiT."""
         return self.txt_embedder
 
-    def embed_text(self, y: Text) -> tuple[Tensor, Tensor]:
-        """The caption before it meets the picture: (B, L, C), and its angles."""
-        angles = text_angles(y.mask.shape[1], self.head_width, y.mask.device)
-        text, turn = self.txt_embedder(torch.where(y.mask[..., None], y.states, self.mask_token)), turn_of(angles)
+    def embed(self, y: Text) -> Embedded:
+        """The caption before it meets the picture, (B, L, C)."""
+        text = self.txt_embedder(torch.where(y.mask[..., None], y.states, self.mask_token))
+        turn = turn_of(text_angles(text.shape[1], self.head_width, text.device))
         for block in self.txt_preamble_blocks:
             text = block(text, turn)
-        return text, angles
+        return Embedded(text)
 
-    def forward(self, z_t: Tensor, t: Tensor, y: Text) -> Tensor:
-        """z_t: (B, 3, H, W); t: (B,), in [0, 1]; y: (B, L, text_dim).  Returns: x_pred, (B, 3, H, W)."""
-        text, text_places = self.embed_text(y)
-        x, turn = self.img_embedder(z_t) + self.pos_embed, turn_of(torch.cat([text_places, self.angles]))
+    def forward(self, z_t: Tensor, t: Tensor, y: Text | Embedded) -> Tensor:
+        """z_t: (B, 3, H, W); t: (B,), in [0, 1]; y: (B, L, text_dim), or what `embed` made of it.  Returns: x_pred, (B, 3, H, W)."""
+        text = (y if isinstance(y, Embedded) else self.embed(y)).value
+        places = torch.cat([text_angles(text.shape[1], self.head_width, text.device), self.angles])
+        x, turn = self.img_embedder(z_t) + self.pos_embed, turn_of(places)
         for block in self.double_blocks:
             text, x = block(text, x, turn)
         return unpatchify(self.final_layer(x), self.patch_size, self.in_channels)

@@ -31,7 +31,7 @@ from util.logging import progress
 from util.parallel import in_precision, uses_bf16
 from util.randomness import derive, normal
 from util.sheet import captioned_sheet, save_sheet
-from util.text import PackedText, Y
+from util.text import Embedded, PackedText, Y
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ class Painter:
     batch_size: int
     device: torch.device
     seed: int = 0
+    embed: Callable[[Y], Y | Embedded] = lambda y: y  # once for all steps
 
+    @torch.no_grad()
     def paint(self, numbers: Sequence[int], y: Y | PackedText) -> Tensor:
         """Pictures of those numbers under conditions y, (B, 3, H, W), about [-1, 1]."""
         noise = normal(self.seed, "sample", numbers, (3, self.img_size, self.img_size)).to(self.device)
-        y, null = y.to(self.device), self.null.to(self.device)
+        y, null = self.embed(y.to(self.device)), self.embed(self.null.to(self.device))
         return sample(self.net, noise, y, expand_null(null, len(y)), self.diffusion, self.sampler)
 
     def paint_in_batches(self, numbers: Sequence[int], y_of: Callable[[Sequence[int]], Y | PackedText]) -> Iterator[tuple[list[int], Tensor]]:
@@ -90,8 +92,8 @@ def make_network(job: TrainJob | DrawJob, text_width: int | None, device: torch.
 
 
 def make_painter(job: TrainJob | DrawJob, net: nn.Module, null: Y, device: torch.device) -> Painter:
-    call = in_precision(net, device, uses_bf16(job.run.precision, device))
-    return Painter(call, null, job.model.img_size, job.diffusion, job.drawing.sampler, job.drawing.batch_size, device, job.run.seed)
+    call, embed = (in_precision(part, device, uses_bf16(job.run.precision, device)) for part in (net, net.embed))
+    return Painter(call, null, job.model.img_size, job.diffusion, job.drawing.sampler, job.drawing.batch_size, device, job.run.seed, embed)
 
 
 def restored(job: DrawJob, saved: resume.Saved, text_width: int | None, device: torch.device) -> Weights:

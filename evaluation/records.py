@@ -24,7 +24,8 @@ def describe(weights: str, step: int | None, sampler: SamplerConfig, seed: int) 
     """How pictures were drawn, in a line."""
     which = "raw weights" if weights == "raw" else f"EMA {weights}"
     low, high = sampler.cfg_interval
-    return f"{which}{f' at step {step}' if step else ''}, cfg {sampler.cfg_scale:g} in {low:g}-{high:g}, {sampler.method} {sampler.steps}, seed {seed}"
+    shift = f" shifted by {sampler.time_shift:g}" if sampler.time_shift != 1 else ""
+    return f"{which}{f' at step {step}' if step else ''}, cfg {sampler.cfg_scale:g} in {low:g}-{high:g}, {sampler.method} {sampler.steps}{shift}, seed {seed}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Record:
         low, high = sampling["cfg_interval"]
         weights = self.setting["weights"]["which"]
         name = f"{weights if weights == 'raw' else f'ema{weights}'}_cfg{sampling['cfg_scale']:g}_{low:g}-{high:g}_{sampling['method']}{sampling['steps']}"
+        name += f"_shift{sampling['time_shift']:g}" if sampling["time_shift"] != 1 else ""
         return f"{self.setting['img_size']}px_{name}"
 
     @property

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import DiffusionConfig, SamplerConfig
-from denoiser import denoising_loss, guided, interpolate, sample, sample_time, solve, velocity
+from denoiser import SOLVERS, calls_of, denoising_loss, guided, interpolate, sample, sample_time, solve, times_of, velocity
 from util.randomness import normal
 
 
@@ -42,7 +42,7 @@ def test_times_are_logit_normal():
     torch.testing.assert_close(t, torch.tensor([1 / (1 + math.exp(0.4 - 1.2 * n)) for n in range(-3, 4)]))
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", SOLVERS)
 def test_sampler_lands_on_the_only_picture_the_network_knows(method):
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     config = SamplerConfig(method, steps=10)
@@ -52,40 +52,81 @@ def test_sampler_lands_on_the_only_picture_the_network_knows(method):
 
 def test_solvers_against_closed_forms():
     z = torch.ones(1, 3, 2, 2)
-    growth = solve(lambda z, t: z, z, "euler", 8)
+    times = times_of(8, 1)
+    growth = solve(lambda z, t: z, z, "euler", times)
     torch.testing.assert_close(growth, z * (1 + 1 / 8) ** 8)
-    heun = solve(lambda z, t: z, z, "heun", 8)
+    heun = solve(lambda z, t: z, z, "heun", times)
     torch.testing.assert_close(heun, z * (1 + 1 / 8 + 1 / 128) ** 7 * (1 + 1 / 8))  # the last step is Euler
-    quadratic = solve(lambda z, t: torch.full_like(z, t), z, "heun", 8)
+    quadratic = solve(lambda z, t: torch.full_like(z, t), z, "heun", times)
     torch.testing.assert_close(quadratic, z + (7 / 8) ** 2 / 2 + 7 / 64)  # exact up to the last step
+    quadratic = solve(lambda z, t: torch.full_like(z, t), z, "ab2", times)
+    torch.testing.assert_close(quadratic, z + (1 - 1 / 64) / 2)  # exact but for the first step
+    uneven = solve(lambda z, t: torch.full_like(z, t), z, "ab2", [0, 0.5, 0.75, 1])
+    torch.testing.assert_close(uneven, z + (1 - 1 / 4) / 2)
+
+
+def spread(t: float, data: float = 0.3) -> float:
+    """The standard deviation of z_t where the data's is that."""
+    return math.hypot(t * data, 1 - t)
+
+
+def gaussian_velocity(z: torch.Tensor, t: float, data: float = 0.3) -> torch.Tensor:
+    """That of the best network for normal data, whose ODE keeps z / spread(t)."""
+    return (t * data**2 / spread(t, data) ** 2 - 1) / (1 - t) * z
+
+
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2), ("ab2", 2), ("dpmpp2m", 2)])
+def test_each_solver_converges_at_its_order(method, order):
+    assert method in SOLVERS
+    z, errors = torch.ones(1, 3, 1, 1), []
+    for steps in (40, 80):
+        found = solve(gaussian_velocity, z, method, [0.1 + 0.8 * i / steps for i in range(steps + 1)])
+        errors.append((found - spread(0.9) / spread(0.1)).abs().max().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15) and errors[1] < 1e-2
+    whole = [(solve(gaussian_velocity, z, method, times_of(steps, 1)) - 0.3).abs().max().item() for steps in (20, 160)]
+    assert whole[1] < whole[0] / 6  # from noise to data too
+
+
+@pytest.mark.parametrize("shift", [0.5, 1, 3])
+def test_a_shift_bends_the_times_and_keeps_their_ends(shift):
+    even, times = times_of(10, 1), times_of(10, shift)
+    assert even == torch.linspace(0, 1, 11).tolist() and times[0] == 0 and times[-1] == 1 and times == sorted(times)
+    for t, bent in zip(even, times):
+        assert 1 - bent == pytest.approx(shift * (1 - t) / (1 + (shift - 1) * (1 - t)), abs=1e-6)
 
 
 def test_network_calls_per_picture():
-    for method, steps, cfg, interval, wanted in [
-        ("euler", 50, 1.0, (0, 1), 50),
-        ("heun", 50, 1.0, (0, 1), 99),
-        ("heun", 50, 3.0, (0, 1), 198),
-        ("heun", 50, 3.0, (0.1, 1), 99 + 88),  # evaluations at t <= 0.1: step 0 has t = 0, .02; ..., step 4 .08, .1; step 5 .1
-        ("heun", 50, 3.0, (0.1, 0.5), 99 + 38),
+    """Guided ones are one call with twice the rows."""
+    for method, steps, cfg, interval, calls, rows in [
+        ("euler", 50, 1.0, (0, 1), 50, 50),
+        ("ab2", 50, 1.0, (0, 1), 50, 50),
+        ("dpmpp2m", 50, 3.0, (0, 1), 50, 100),
+        ("heun", 50, 1.0, (0, 1), 99, 99),
+        ("heun", 50, 3.0, (0, 1), 99, 198),
+        ("heun", 50, 3.0, (0.1, 1), 99, 99 + 88),  # evaluations at t <= 0.1: step 0 has t = 0, .02; ..., step 4 .08, .1; step 5 .1
+        ("heun", 50, 3.0, (0.1, 0.5), 99, 99 + 38),
     ]:
-        calls = []
+        seen = []
 
-        def net(z, t, y, calls=calls):
-            calls.append(t[0].item())
+        def net(z, t, y, seen=seen):
+            assert len(z) == len(t) == len(y)
+            seen.append(t.tolist())
             return torch.zeros_like(z)
 
-        sample(net, torch.randn(1, 3, 2, 2), torch.ones(1), torch.zeros(1), DiffusionConfig(), SamplerConfig(method, steps, cfg, interval))
-        assert len(calls) == wanted
-        assert max(calls) < 1
+        config = SamplerConfig(method, steps, cfg, interval)
+        sample(net, torch.randn(1, 3, 2, 2), torch.ones(1), torch.zeros(1), DiffusionConfig(), config)
+        assert len(seen) == calls == calls_of(config) and sum(map(len, seen)) == rows and max(map(max, seen)) < 1
 
 
 def test_guidance_extrapolates_inside_its_interval_only():
-    v_cond, v_null = (lambda z, t: z + 1), (lambda z, t: z)
-    v = guided(v_cond, v_null, 3.0, (0.1, 0.9))
-    z = torch.zeros(1)
-    assert [v(z, t).item() for t in (0, 0.1, 0.11, 0.89, 0.9, 1)] == [1, 1, 3, 3, 1, 1]
-    assert guided(v_cond, v_null, 3.0, (0.0, 1.0))(z, 0.0).item() == 3  # from 0 on if the interval starts at 0
-    assert guided(v_cond, None, 1.0, (0.0, 1.0))(z, 0.5).item() == 1  # scale 1 never asks the null branch
+    net, z = (lambda z, t, y: z + ((1 - t) * y).view(-1, 1, 1, 1)), torch.zeros(1, 1, 1, 1)  # a velocity of y
+
+    def v(t: float, scale: float, interval: tuple[float, float]) -> float:
+        return guided(net, torch.ones(1), torch.zeros(1), DiffusionConfig(), SamplerConfig(cfg_scale=scale, cfg_interval=interval))(z, t).item()
+
+    assert [v(t, 3.0, (0.1, 0.9)) for t in (0, 0.1, 0.11, 0.89, 0.9)] == pytest.approx([1, 1, 3, 3, 1])
+    assert v(0.0, 3.0, (0.0, 1.0)) == 3  # from 0 on if the interval starts at 0
+    assert v(0.5, 1.0, (0.0, 1.0)) == 1
 
 
 @pytest.mark.parametrize("low, high", [(0.1, 1.0), (0.1, 0.9), (0.0, 0.5), (0.3, 0.7)])
@@ -95,7 +136,7 @@ def test_guidance_acts_at_the_times_of_the_published_sampler(steps, low, high):
     asked = set()
 
     def net(z, t, y):
-        if y[0] == 0:
+        if 0 in y:
             asked.add(t[0].item())
         return torch.zeros_like(z)
 
@@ -132,7 +173,7 @@ def test_solver_state_is_float32_though_the_network_is_not():
     out = sample(net, z, torch.zeros(1), torch.zeros(1), DiffusionConfig(), SamplerConfig("heun", 4))
     assert out.dtype == torch.float32
     with pytest.raises(AssertionError, match="float32"):
-        solve(lambda z, t: z, z.bfloat16(), "euler", 2)
+        solve(lambda z, t: z, z.bfloat16(), "euler", times_of(2, 1))
 
 
 def test_start_noise_of_a_picture_depends_on_its_number_alone():

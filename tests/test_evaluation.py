@@ -138,7 +138,7 @@ def test_a_whole_evaluation_equals_torch_fidelity_on_the_pictures_it_keeps(text_
     setting = record["setting"]
     assert setting["fid"]["reference_sha256"] == kept.sha256 and setting["fid"]["extractor"] == kept.facts["extractor"]
     assert setting["weights"]["step"] == 2 and setting["seed"] == 0 and setting["libraries"]["torch-fidelity"].startswith("0.4")
-    assert setting["sampling"] == {"method": "heun", "steps": 2, "cfg_scale": 2.0, "cfg_interval": [0.0, 1.0]}
+    assert setting["sampling"] == {"method": "heun", "steps": 2, "cfg_scale": 2.0, "cfg_interval": [0.0, 1.0], "time_shift": 1.0}
     assert record["made"]["checkpoint"] == str(out / "checkpoint-last.pth") and set(record["made"]["seconds"]) == {"drawing", "features", "rest"}
     assert scalars(out, "FID-12/16px_ema1_cfg2_0-1_heun2") == [pytest.approx(record["figures"]["fid"], rel=1e-6)]
     assert scalars(out, "R-precision-12/16px_ema1_cfg2_0-1_heun2") is not None
@@ -630,7 +630,7 @@ def test_two_ranks_sweep_and_evaluate_as_one_process_does(text_data, llm_folder,
 def test_a_record_says_what_it_depends_on_and_nothing_else_changes_its_name():
     setting = {
         "model": "JiT-B/16", "weights": {"which": "1", "decay": 0.9999, "step": 60000, "sha256": "w"}, "img_size": 256, "seed": 0, "pictures": 10000,
-        "sampling": {"method": "heun", "steps": 50, "cfg_scale": 2.9, "cfg_interval": [0.1, 1.0]},
+        "sampling": {"method": "heun", "steps": 50, "cfg_scale": 2.9, "cfg_interval": [0.1, 1.0], "time_shift": 1.0},
         "fid": {"reference": "in256.npz", "reference_sha256": "0123456789"}, "clip_score": {"captions_besides_the_own": 99},
     }  # fmt: skip
     record = Record({"fid": 4.3714, "is": 275.123, "clip_score": 23.456, "r_precision": 0.8714}, setting)

@@ -64,7 +64,7 @@ def by_hand(net, states, mask, seed_numbers):
     for i in range(3):
         t = torch.full((len(z),), i / 3)
         cond, uncond = (velocity(net(z, t, text), z, t, 0.001) for text in (y, null))
-        z = SOLVERS["euler"](lambda z, t, v=uncond + 2.5 * (cond - uncond): v, z, i / 3, (i + 1) / 3)
+        z = SOLVERS["euler"](lambda z, t, v=uncond + 2.5 * (cond - uncond): v, z, [i / 3, (i + 1) / 3])
     return z
 
 

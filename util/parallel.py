@@ -22,12 +22,12 @@ def to_device(tensor: Y, device: torch.device) -> Y:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def in_precision(net: nn.Module, device: torch.device, bf16: bool) -> Callable[[Tensor, Tensor, Y], Tensor]:
-    """The network under bf16 autocast, or as it is; weights, z_t and t stay float32 either way."""
+def in_precision(net: Callable, device: torch.device, bf16: bool) -> Callable:
+    """The network, or a part of it, under bf16 autocast, or as it is; weights, z_t and t stay float32 either way."""
 
-    def call(z_t: Tensor, t: Tensor, y: Y) -> Tensor:
+    def call(*inputs):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return net(z_t, t, y)
+            return net(*inputs)
 
     return call
 

@@ -77,4 +77,27 @@ class PackedText:
         return Text(found.float().masked_fill(~mask[..., None], 0), mask)
 
 
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """What a network's `embed` has made of y: all that it needs of it, the same at every step of the solver.  value: (B, C) or (B, L, C)."""
+
+    value: Tensor
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def expand(self, count: int) -> "Embedded":
+        """One row as `count`."""
+        return Embedded(self.value.expand(count, *self.value.shape[1:]))
+
+
 Y = Tensor | Text  # labels (B,), pooled features (B, W), or tokens
+
+
+def joined(first: Y | Embedded, second: Y | Embedded) -> Y | Embedded:
+    """The rows of both, which are of one kind."""
+    if isinstance(first, Text):
+        return Text(torch.cat([first.states, second.states]), torch.cat([first.mask, second.mask]))
+    if isinstance(first, Embedded):
+        return Embedded(torch.cat([first.value, second.value]))
+    return torch.cat([first, second])
