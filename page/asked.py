@@ -114,7 +114,7 @@ def sampler_of(values: Values, rules: Rules) -> SamplerConfig:
     steps = whole(values["steps"], "ステップ数 / steps", 1, rules.most_steps)
     interval = (values["interval_min"], values["interval_max"])
     try:
-        found = from_plain(SamplerConfig, {"method": values["method"], "steps": steps, "cfg_interval": interval})
+        found = from_plain(SamplerConfig, {"method": values["method"], "steps": steps, "cfg_interval": interval, "time_shift": values["time_shift"]})
         return replace(found, cfg_scale=as_type(float, values["cfg"], "cfg"))
     except UserError as error:
         raise in_words_of_the_page(error) from error

@@ -31,7 +31,7 @@ from util.errors import UserError
 
 TEXT = Rules(Model("MMJiT-Nano/8", img_size=16), most_pictures=6, most_steps=40)
 CLASSES = Rules(Model("JiT-Nano/8", img_size=16, class_num=3), most_pictures=6, most_steps=40)
-SETTINGS = {"seed": 3, "cfg": 2, "steps": 4, "interval_min": 0, "interval_max": 1, "method": "heun"}
+SETTINGS = {"seed": 3, "cfg": 2, "steps": 4, "interval_min": 0, "interval_max": 1, "method": "heun", "time_shift": 1}
 LIST = SETTINGS | {"prompts": "赤い三\n\n 富士山と桜 \n", "times": 2}
 STRIP = SETTINGS | {"prompt": "赤い三", "number": 5, "scales": "1、2.5,\n3"}
 WORDS = SETTINGS | {"template": "{}い三", "number": 5, "words": "赤、青"}
@@ -71,6 +71,7 @@ def test_what_is_asked_for_is_numbered_as_generate_numbers_it():
         (asked.pictures, LIST | {"interval_min": 0.9, "interval_max": 0.1}, "interval_min <= interval_max"),
         (asked.pictures, LIST | {"interval_min": float("nan")}, "interval_min <= interval_max"),
         (asked.pictures, LIST | {"interval_max": None}, "wanted float"),
+        (asked.pictures, LIST | {"time_shift": 0}, "time_shift 0.0 must be positive"),
         (asked.over_cfg, STRIP | {"scales": "1, x"}, "found x"),
         (asked.over_cfg, STRIP | {"scales": "nan"}, "cfg nan must be a finite number"),
         (asked.over_cfg, STRIP | {"scales": " , "}, "write one or more"),
