@@ -5,6 +5,7 @@ An adapter's folder is an ordinary one of peft. Its file also holds the hash of 
 
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -104,7 +105,9 @@ def merge(net: nn.Module, folder: str, scale: float) -> None:
     from peft.utils import load_peft_weights
 
     try:
-        wrapped = PeftModel.from_pretrained(net, folder, NAME, torch_device="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is missing is an error below
+            wrapped = PeftModel.from_pretrained(net, folder, NAME, torch_device="cpu")
         lacking = sorted(set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)) ^ set(load_peft_weights(folder, "cpu")))
         if lacking:
             raise ValueError(f"{lacking[0]} is in one of them alone")
