@@ -309,7 +309,7 @@ def test_the_parameters_of_the_table_are_the_codes(name):
 
 
 def test_one_list_of_dependencies():
-    """environment.yaml holds what a run, the demos and the tests need; these extras may be left to pyproject.toml."""
+    """environment.yaml holds what a run and the demos need, and tools of the tests; the extras are left to pyproject.toml, whose `dev` has them all."""
     tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
@@ -319,8 +319,8 @@ def test_one_list_of_dependencies():
 
     pip = next(part["pip"] for part in yaml.safe_load((ROOT / "environment.yaml").read_text())["dependencies"] if isinstance(part, dict))
     extras = {extra: names(lines) for extra, lines in project["optional-dependencies"].items()}
-    wanted = names(project["dependencies"]).union(*(extras[extra] for extra in extras.keys() - {"app", "lora", "export", "data", "track"}))
-    assert wanted <= names(pip) <= wanted.union(*extras.values())
+    optional = set().union(*(extras[extra] for extra in ("app", "lora", "export", "data", "track")))
+    assert names(pip) == (names(project["dependencies"]) | extras["demo"] | extras["dev"]) - optional - {"playwright"} and optional <= extras["dev"]
 
 
 def test_our_folder_datasets_does_not_disturb_transformers(llm_folder, tmp_path):
