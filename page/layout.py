@@ -87,7 +87,7 @@ def settings(easel: Easel) -> Boxes:
     with gr.Row():
         boxes["interval_min"] = gr.Number(low, label="interval_min", elem_id="interval_min", min_width=90)
         boxes["interval_max"] = gr.Number(high, label="interval_max", elem_id="interval_max", min_width=90)
-        boxes["method"] = gr.Dropdown(SOLVERS, value=usual.method, label="ソルバー / solver", elem_id="method", min_width=90)
+        boxes["method"] = gr.Dropdown(SOLVERS, value=usual.method, label="solver", elem_id="method", min_width=90)
         boxes["time_shift"] = gr.Number(usual.time_shift, label="time_shift", elem_id="time_shift", min_width=90)
     return boxes
 
