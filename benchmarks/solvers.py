@@ -1,7 +1,7 @@
 """Which solver needs the fewest calls of the network: `python -m benchmarks.solvers digits --run demo_output/digits/run`, or `scenes` after `make demo-scenes`.
 
 Prompts of things never seen in training are drawn from the same noise by each solver at about 10, 20, 40 and 100 calls (a guided evaluation is one) and by Heun with
-1,000 steps. Printed: how far the pictures are from those, and what share of them the judge finds right.
+999 calls. Printed: how far the pictures are from those, and what share of them the judge finds right.
 """
 
 import argparse
@@ -50,10 +50,10 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="a demo's run")
     parser.add_argument("--count", type=int, default=200, help="pictures")
     args = parser.parse_args()
-    painter = load_painter(args.run, device="cpu")
+    painter = load_painter(args.run, device="cpu", llm=str(args.run.parent / "llm"))
     usual = painter.job.drawing.sampler
     prompts, right = {"digits": digits, "scenes": scenes}[args.what](args.count, painter.job.model.img_size)
-    wanted = painter(prompts, replace(usual, method="heun", steps=1000)).float()
+    wanted = painter(prompts, replace(usual, method="heun", steps=500)).float()
     print(
         f"the solution: {right(wanted.to(torch.uint8)):.1%} right\n\n| calls | solver | steps | shift | distance, levels of 255 | right |\n|---|---|---|---|---|---|"
     )
