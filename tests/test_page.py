@@ -140,6 +140,8 @@ def test_what_cannot_begin_is_one_line_before_anything_is_loaded(tmp_path, monke
         (tmp_path / "checkpoint-last.pth").touch()
         port = place.getsockname()[1]
         assert f"--port {port} cannot be had (Address already in use)" in told("--resume", tmp_path, "--port", port)
+    assert "wanted a folder with adapter_config.json" in told("--resume", tmp_path, "--lora", tmp_path)
+    assert "--lora_scale is for --lora" in told("--resume", tmp_path, "--lora_scale", "0.5")
     assert "--host 192.0.2.1 " in told("--resume", tmp_path, "--host", "192.0.2.1")
     assert "--port 65536 must be in [0, 65535]" in told("--resume", "x", "--port", "65536")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
