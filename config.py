@@ -363,8 +363,8 @@ class Data(Config):
     workers: int = flag(
         12,
         "num_workers",
-        "loader processes per training process, at most one a core",
-        "学習プロセスあたりの読み込みプロセス数（コア数まで）",
+        "loader processes per training process, at most its share of the cores",
+        "学習プロセスあたりの読み込みプロセス数（このプロセスに割り当てられるコア数まで）",
         bounds=NOT_NEGATIVE,
     )
     pin_mem: bool = flag(True, "pin_mem", "page-locked memory for faster copies to the GPU", "GPU への転送を速くするページロックメモリ", off="no_pin_mem")

@@ -3,7 +3,6 @@
 An adapter's folder is an ordinary one of peft. Its file also holds the hash of the weights that it was trained on.
 """
 
-import hashlib
 import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from util import checkpoint
 from util.checkpoint import PREFIX
 from util.ema import Ema
 from util.errors import UserError, one_line
@@ -36,12 +36,9 @@ def check_installed(flag: str) -> None:
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a network's weights by name; the fixed table of positions is left out."""
-    found = hashlib.sha256()
-    for name, value in sorted((name.removeprefix(PREFIX), value) for name, value in weights.items()):
-        if name != "pos_embed":
-            found.update(name.encode() + value.detach().float().contiguous().cpu().numpy().tobytes())
-    return found.hexdigest()
+    """The hash of a network's weights; the fixed table of positions is left out."""
+    found = {name.removeprefix(PREFIX): value for name, value in weights.items()}
+    return checkpoint.digest({name: value for name, value in found.items() if name != "pos_embed"})
 
 
 def config_of(rank: int):

@@ -158,8 +158,9 @@ def format_of(data: Data) -> str:
 
 
 def workers(data: Data) -> int:
-    """Loader processes: as asked, at most one a core."""
-    return min(data.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Loader processes: as asked, at most this process's share of the machine's cores, and one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(data.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def make_loader(dataset: PictureDataset, sampler: StreamSampler, conditions, data: Data, device: torch.device) -> DataLoader:

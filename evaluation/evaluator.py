@@ -3,17 +3,16 @@
 Picture i follows from the seed, i and its condition alone.
 """
 
-import hashlib
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import SamplerConfig
 from evaluation.measures import Measure, Subjects
@@ -21,6 +20,7 @@ from evaluation.records import Record, as_plain, read_record, write_list, write_
 from resume import Weights
 from sampling import Painter, save_pictures
 from util import distributed as dist
+from util.checkpoint import digest
 from util.logging import say
 
 MUCH_INITIAL = 0.05  # share of initial weights in an average that is called out
@@ -59,14 +59,6 @@ def evaluate(
     return dist.from_main(figures), seconds
 
 
-def digest_of(net: nn.Module) -> str:
-    """SHA-256 of a network's weights as it computes with them now."""
-    value = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        value.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return value.hexdigest()
-
-
 def call_out_initial(state: Weights, which: str) -> None:
     """An average that still holds much of the initial weights draws noise, however well training goes.  A published file says no step."""
     shares = {str(i + 1): ema.initial_share(state.step) for i, ema in enumerate(state.emas)}
@@ -97,6 +89,7 @@ class Evaluator:
     folder: Path
     checkpoint: str | None = None  # the file whose weights these are
     save_images: bool = False
+    hashes: dict[tuple[str, int], str] = field(default_factory=dict)  # of weights at a step, once for all settings of a sweep
 
     def __call__(self, weights: str, sampler: SamplerConfig, count: int) -> Record:
         """Draw and measure.  Collective."""
@@ -127,7 +120,7 @@ class Evaluator:
         return known
 
     def point(self, weights: str, sampler: SamplerConfig, count: int) -> Point:
-        """Reads all weights, for their hash.  Collective."""
+        """Reads all weights once, for their hash.  Collective."""
         with self.state.drawing(weights):
             return Point(weights, sampler, count, self._setting(weights, replace(self.painter, sampler=sampler), self.subjects[count]))
 
@@ -141,7 +134,7 @@ class Evaluator:
         decay = None if weights == "raw" else self.state.emas[int(weights) - 1].decay
         setting = {
             **self.facts,
-            "weights": {"which": weights, "decay": decay, "step": self.state.step or None, "sha256": digest_of(self.state.net)},
+            "weights": {"which": weights, "decay": decay, "step": self.state.step or None, "sha256": self._hash(weights)},
             "img_size": painter.img_size,
             "diffusion": asdict(painter.diffusion),
             "sampling": asdict(painter.sampler),
@@ -153,6 +146,10 @@ class Evaluator:
         for measure in self.measures:
             setting |= measure.facts(subjects)
         return dist.from_main(as_plain(setting))
+
+    def _hash(self, weights: str) -> str:
+        """Of the network as it computes now."""
+        return self.hashes.get((weights, self.state.step)) or self.hashes.setdefault((weights, self.state.step), digest(self.state.net.state_dict()))
 
     def _made(self, subjects: Subjects, seconds: Mapping[str, float]) -> dict[str, Any]:
         device = self.painter.device

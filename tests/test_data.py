@@ -6,8 +6,9 @@ import torch
 from conftest import CAPTIONS, open_text
 from PIL import Image
 
+from config import Data
 from datasets.imagenet import ClassFolder
-from datasets.source import hold_out
+from datasets.source import hold_out, workers
 from datasets.stream import Collate, PackedStrings, StreamSampler, View
 from datasets.transforms import center_crop, open_rgb, to_uint8
 from util.errors import UserError
@@ -174,3 +175,12 @@ def test_the_demo_holds_a_tenth_of_the_pairs_out(tmp_path):
         assert not set(digit_captions(*pair)) & set(data.distinct_captions())
     pairs = [(colour, digit) for colour in COLOURS for digit in range(10) if (colour, digit) not in HELD_OUT]
     assert set(data.distinct_captions()) == {caption for pair in pairs for caption in digit_captions(*pair)}
+
+
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    found = []
+    for ranks in (1, 4, 8, 32):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        found.append(workers(Data(workers=12)))
+    assert found == [12, 4, 2, 1] and workers(Data(workers=0)) == 0

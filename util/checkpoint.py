@@ -6,6 +6,7 @@ Keys: `model`, `model_ema1`, `model_ema2` (full state dicts under the prefix `ne
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import threading
@@ -173,6 +174,14 @@ def state_of(net: nn.Module) -> dict[str, Tensor]:
     if all(param.requires_grad for param in net.parameters()):
         return net.state_dict()
     return {name: param for name, param in net.named_parameters() if param.requires_grad}
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by name, as float32."""
+    found = hashlib.sha256()
+    for name in sorted(state):
+        found.update(name.encode() + state[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def with_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
