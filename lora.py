@@ -113,4 +113,6 @@ def merge(net: nn.Module, folder: str, scale: float) -> None:
                 layer.set_scale(NAME, scale)
         wrapped.merge_and_unload()
     except Exception as error:  # another network, a file cut short, adapters of another kind: each its own exception
+        for name, layer in [(name, module) for name, module in net.named_modules() if isinstance(module, LoraLayer)]:
+            net.set_submodule(name, layer.get_base_layer())
         raise UserError(f"--lora {folder} does not fit the model ({one_line(error)})") from error

@@ -167,7 +167,7 @@ class LoadedPainter:
     device: torch.device
 
     def add_lora(self, folder: str | Path, scale: float = 1.0) -> None:
-        """Add a folder of adapters, as --lora does; several add up.  Raises: UserError where they do not fit; open another painter then."""
+        """Add a folder of adapters, as --lora does; several add up.  Raises: UserError where they do not fit, and nothing is changed."""
         lora.check_folder(str(folder))
         lora.merge_into(self.weights.net, self.weights.emas, str(folder), scale)
 

@@ -203,6 +203,13 @@ def test_what_are_no_adapters_of_the_model_is_one_line(base, text_data, tmp_path
         with pytest.raises(UserError, match=words) as error:
             run("--generate", "--resume", str(base), "--device", "cpu", "--prompt", "赤い三", "--lora", *argv)
         assert "\n" not in str(error.value)
+    painter = load_painter(base, device="cpu")
+    names = list(painter.weights.net.state_dict())
+    for name in ("less", "kind"):
+        with pytest.raises(UserError, match="does not fit the model"):
+            painter.add_lora(tmp_path / name)
+        assert list(painter.weights.net.state_dict()) == names
+    painter.add_lora(folder)
     assert generate(base, tmp_path / "other", *PROMPTS, "--lora", damaged("elsewhere", for_another_base))
     assert "was trained on other weights than these" in capsys.readouterr().out
     for argv, words in (
