@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import flags
-from util.errors import told_in_one_line
+from util.errors import need_package, told_in_one_line
 
 if __name__ == "__main__":
     with told_in_one_line():
@@ -24,7 +24,7 @@ from util.logging import say
 
 def serve(job: AppJob) -> None:
     """Until it is stopped.  Raises: UserError where it cannot begin."""
-    server.check_package()
+    need_package("gradio", "app.py", "'gradio>=6,<7'")
     path = checkpoint.find(job.resume, "")
     if job.lora:
         lora.check_folder(job.lora)

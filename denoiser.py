@@ -91,11 +91,11 @@ def heun(v_fn: VelocityFn, z: Tensor, times: Sequence[float]) -> Tensor:
 
 def ab2(v_fn: VelocityFn, z: Tensor, times: Sequence[float]) -> Tensor:
     """Adams-Bashforth of second order: the velocity goes on as from the step before, which is kept. One call a step; the first step is Euler's."""
-    before, ratio = None, 0.0
-    for (t, t_next), t_after in zip(pairwise(times), [*times[2:], times[-1]]):
-        v = v_fn(z, t)
-        z = z + (t_next - t) * (v if before is None else v + ratio / 2 * (v - before))
-        before, ratio = v, (t_after - t_next) / (t_next - t)
+    before, step_before = None, math.inf
+    for t, t_next in pairwise(times):
+        v, step = v_fn(z, t), t_next - t
+        z = z + step * (v if before is None else v + step / (2 * step_before) * (v - before))
+        before, step_before = v, step
     return z
 
 

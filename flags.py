@@ -393,19 +393,20 @@ def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:
 
 def parse_export(argv: Sequence[str] | None = None) -> ExportJob:
     """export.py."""
-    parser = Parser("A trained model as others take it: safetensors, a model card, a folder for diffusers.")
-    for known, default, kind in flags_in(ExportJob):
-        parser.add(parser, known, default, kind)
-    given = parser.read(argv)
-    return build(ExportJob, given)
+    return parse_alone(ExportJob, "A trained model as others take it: safetensors, a model card, a folder for diffusers.", argv)
 
 
 def parse_app(argv: Sequence[str] | None = None) -> AppJob:
     """app.py."""
-    parser = Parser("A page in the browser to type prompts into.")
-    for known, default, kind in flags_in(AppJob):
+    return parse_alone(AppJob, "A page in the browser to type prompts into.", argv)
+
+
+def parse_alone(cls: type, description: str, argv: Sequence[str] | None) -> Any:
+    """A program whose flags are one config's."""
+    parser = Parser(description)
+    for known, default, kind in flags_in(cls):
         parser.add(parser, known, default, kind)
-    return build(AppJob, parser.read(argv))
+    return build(cls, parser.read(argv))
 
 
 # --- docs/flags.md

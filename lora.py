@@ -3,7 +3,6 @@
 An adapter's folder is an ordinary one of peft. Its file also holds the hash of the weights that it was trained on.
 """
 
-import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from util import checkpoint
 from util.checkpoint import PREFIX
 from util.ema import Ema
-from util.errors import UserError, one_line
+from util.errors import UserError, need_package, one_line
 from util.files import sha256_of, write_whole
 from util.logging import say
 from util.randomness import derive
@@ -27,12 +26,6 @@ TARGETS = r"\w*blocks\.\d+\.(attn\.(qkv|proj)|(img_|txt_)?(qkv|attn_proj|mlp\.w\
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 OF_PEFT = "base_model.model."  # before a network's own names in its files
 NAME = "default"  # peft's name of an adapter
-
-
-def check_installed(flag: str) -> None:
-    """Raises: UserError where peft is not there."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{flag} needs its package: pip install peft")
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
@@ -69,7 +62,7 @@ def describe(folder: str, scale: float) -> str:
 
 def check_folder(folder: str) -> None:
     """Raises: UserError for what is no folder of peft's LoRA."""
-    check_installed("--lora")
+    need_package("peft", "--lora")
     if not (Path(folder) / CONFIG).is_file() or not (Path(folder) / FILE).is_file():
         raise UserError(f"--lora {folder}: wanted a folder with {CONFIG} and {FILE}, as --lora_rank and peft write it")
 

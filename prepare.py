@@ -31,7 +31,7 @@ from util import checkpoint
 from util import distributed as dist
 from util.broken import Broken
 from util.ema import averages_of
-from util.errors import UserError
+from util.errors import UserError, need_package
 from util.files import writable_folder
 from util.logging import progress, say
 from util.parallel import Parallel, to_device, uses_bf16
@@ -155,7 +155,7 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     check_tracker(job.run)
     adapters = job.train.lora_rank is not None
     if adapters:
-        lora.check_installed("--lora_rank")
+        need_package("peft", "--lora_rank")
     origin = resume.find_origin(job) if adapters or not saved else None
     if saved:
         resume.check_batch(saved, job.train)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datasets.demo import HELD_OUT, digit_captions
+from datasets.demo import HELD_OUT, digit_prompts
 from datasets.transforms import to_image
 from demo.judge import DigitJudge, shares_right
 from demo.run import asked_scenes
@@ -29,7 +29,7 @@ def digits(count: int, size: int) -> tuple[list[str], Judged]:
     """Prompts, and the share of their pictures that is right."""
     pairs = [HELD_OUT[i % len(HELD_OUT)] for i in range(count)]
     machine = DigitJudge(size)
-    prompts = [digit_captions(*pair)[i // len(HELD_OUT) % 6] for i, pair in enumerate(pairs)]
+    prompts = digit_prompts(pairs)
     return prompts, lambda pictures: shares_right(machine([to_image(picture) for picture in pictures]), pairs)[2]
 
 

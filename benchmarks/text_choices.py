@@ -17,14 +17,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import LAYERS
-from datasets.demo import COLOURS, HELD_OUT, colour_ink, digit_captions, load_ink
+from datasets.demo import COLOURS, HELD_OUT, colour_ink, digit_prompts, load_ink
 from demo.judge import DigitJudge, Pair, shares_right
 from util import checkpoint
 
 SIZE = 32
 SEEN = [(colour, digit) for digit in range(10) for colour in COLOURS if (colour, digit) not in HELD_OUT]
 PAIRS = [HELD_OUT[i % len(HELD_OUT)] for i in range(160)] + [SEEN[i % len(SEEN)] for i in range(160)]
-PROMPTS = [digit_captions(*pair)[i // len(HELD_OUT) % 6] for i, pair in enumerate(PAIRS)]
+PROMPTS = digit_prompts(PAIRS)
 COLUMNS = ["layer", "norm", "seed", "unseen right", "seen right", "unseen nearest", "seen nearest", "loss", "gap shuffled", "gap null", "null rms"]
 
 

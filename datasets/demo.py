@@ -9,6 +9,7 @@ import argparse
 import io
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,11 @@ def digit_captions(colour: str, digit: int) -> list[str]:
         f"{noun}で書いた{kanji}",
         f"手書きの{adjective}{digit}",
     ]
+
+
+def digit_prompts(pairs: Sequence[tuple[str, int]]) -> list[str]:
+    """A caption of each pair; the wording changes after every round of the held-out ones."""
+    return [digit_captions(*pair)[i // len(HELD_OUT) % 6] for i, pair in enumerate(pairs)]
 
 
 def load_ink(size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from datasets.demo import COLOURS, DIGITS, HELD_OUT, digit_captions
+from datasets.demo import COLOURS, DIGITS, HELD_OUT, digit_captions, digit_prompts
 from datasets.scenes import Scene, captions, random_scene
 from demo.judge import DigitJudge, Pair, nearest_share, shares_right
 from demo.scene_judge import judge, rates
@@ -102,7 +102,7 @@ def digits(out: Path, llm: str | None, epochs: int) -> None:
     step("pictures of pairs seen in training and of pairs never seen")
     seen = [(colour, digit) for digit in range(10) for colour in COLOURS if (colour, digit) not in HELD_OUT]
     pairs = [HELD_OUT[i % len(HELD_OUT)] for i in range(200)] + [seen[i % len(seen)] for i in range(200)]
-    prompts = [digit_captions(*pair)[i // len(HELD_OUT) % 6] for i, pair in enumerate(pairs)]
+    prompts = digit_prompts(pairs)
     pictures = draw(PROCESSES, "cpu", run, prompts)
 
     step("the same by a CLIP, here a small one trained on the spot: are the captions' pictures those of their captions?")

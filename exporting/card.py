@@ -12,7 +12,7 @@ from config import ExportJob
 from evaluation.records import TITLES
 from resume import Saved
 from util.checkpoint import PAINTER
-from util.hub import is_local
+from util.hub import is_local, reader_of
 
 RESULTS = ".eval_results"
 OPEN = "(fill in)"
@@ -54,11 +54,6 @@ def entries(record: dict[str, Any], data: str) -> list[dict[str, Any]]:
 def data_of(saved: Saved) -> str:
     """The name of what it was trained on, without the folders of the machine."""
     return Path((saved.job.get("data") or {}).get("path") or OPEN).name
-
-
-def reader_of(text: dict[str, Any]) -> str:
-    """The language model: its name on the hub, or of a folder its last part."""
-    return Path(text["llm"]).name if is_local(text["revision"]) else text["llm"]
 
 
 def facts_of(job: ExportJob, saved: Saved) -> dict[str, str]:

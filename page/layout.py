@@ -35,8 +35,7 @@ def headline(painter: LoadedPainter, path: Path) -> str:
     facts = [path.name if path.is_dir() else f"{path.parent.name}/{path.name}", model.name, f"{model.img_size} × {model.img_size}"]
     facts += [f"step {step:,}"] * bool(step) + ["raw weights" if which == "raw" else f"EMA {which}"]
     if painter.text:
-        llm = painter.text["llm"]
-        facts.append(f"text encoder {Path(llm).name if hub.is_local(painter.text['revision']) else llm}")
+        facts.append(f"text encoder {hub.reader_of(painter.text)}")
     else:
         facts.append(f"{model.class_num} classes")
     return " · ".join(facts)

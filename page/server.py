@@ -1,6 +1,5 @@
 """How the page is served: its port, what gradio must not do, what a browser must not load.  No gradio here until it runs."""
 
-import importlib.util
 import ipaddress
 import os
 import signal
@@ -23,12 +22,6 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
-
-
-def check_package() -> None:
-    """Raises: UserError where gradio is not installed."""
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("app.py needs its package: pip install 'gradio>=6,<7'")
 
 
 def is_loopback(host: str) -> bool:

@@ -1,5 +1,6 @@
 """The one error that a user is meant to read, and how a process ends with it."""
 
+import importlib.util
 import os
 import sys
 import time
@@ -17,6 +18,12 @@ class UserError(ValueError):
 def one_line(error: BaseException, longest: int = 200) -> str:
     """What an exception says, for a message of ours to quote."""
     return " ".join(str(error).split())[:longest]
+
+
+def need_package(name: str, who: str, install: str = "") -> None:
+    """Raises: UserError where an extra's package is not installed.  who: the flag or program that needs it; install: how pip is to be asked for it."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{who} needs its package: pip install {install or name}")
 
 
 def leave(message: str, code: int) -> NoReturn:

@@ -2,10 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from util.errors import UserError, one_line
 from util.files import sha256_of
@@ -45,6 +46,11 @@ def digest_of_weights(folder: Path) -> str:
     with ThreadPoolExecutor() as threads:
         parts = list(threads.map(sha256_of, paths))
     return "sha256:" + hashlib.sha256(b"".join(map(bytes.fromhex, parts))).hexdigest()[:32]
+
+
+def reader_of(text: Mapping[str, Any]) -> str:
+    """What to call the language model of text features: its name on the hub, or of a folder its last part."""
+    return Path(text["llm"]).name if is_local(text["revision"]) else text["llm"]
 
 
 def is_local(revision: str) -> bool:

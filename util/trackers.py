@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ import numpy as np
 
 from config import Run
 from util import distributed as dist
-from util.errors import UserError, one_line
+from util.errors import need_package, one_line
 from util.logging import say
 
 
 def check(run: Run) -> None:
     """Raises: UserError where the tracker's package is not installed."""
-    if run.tracker != "tensorboard" and importlib.util.find_spec(run.tracker) is None:
-        raise UserError(f"--tracker {run.tracker} needs its package: pip install {run.tracker}")
+    if run.tracker != "tensorboard":
+        need_package(run.tracker, f"--tracker {run.tracker}")
 
 
 class TensorBoard:
