@@ -417,6 +417,13 @@ class Train(Config):
         bounds=AT_LEAST_1,
         shown="the whole model is trained",
     )
+    grad_checkpointing: str = flag(
+        "off",
+        "grad_checkpointing",
+        "`blocks`: keep only the inputs of each block and compute it again in the backward pass; a third more time, a fraction of the memory (docs/running.md)",
+        "`blocks` なら各ブロックの入力だけを保存し、逆伝播で計算し直します。時間は約 3 分の 1 増え、メモリは大きく減ります（docs/ja/running.md）",
+        choices=("off", "blocks"),
+    )
     start_epoch: int | None = flag(None, "start_epoch", "number of the first epoch", "最初のエポックの番号", shown="what the checkpoint says, else 0")
     log_freq: int = flag(100, "log_freq", "steps between lines of the log", "ログの間隔（ステップ数）", bounds=AT_LEAST_1)
 
@@ -590,6 +597,14 @@ class Run(Config):
         "autocast of the network; weights are float32 always; auto: bf16 on a GPU, fp32 on a CPU",
         "ネットワークの autocast の精度。重みは常に float32。auto は GPU で bf16、CPU で fp32",
         choices=("auto", "bf16", "fp32"),
+    )
+    compile: bool | None = flag(
+        None,
+        "compile",
+        "compile each block and the loss by torch.compile; the first step waits for it, a minute or so",
+        "各ブロックと損失を torch.compile でコンパイルします。最初のステップは 1 分ほど待ちます",
+        off="no-compile",
+        shown="on on a GPU but for --generate, off on a CPU",
     )
     seed: int = flag(0, "seed", "what every random number of the run follows from", "すべての乱数のもとになる値", bounds=NOT_NEGATIVE)
     tracker: str = flag(

@@ -17,6 +17,7 @@ from util.text import Embedded, Y, joined
 
 Net = Callable[[Tensor, Tensor, Y | Embedded], Tensor]
 VelocityFn = Callable[[Tensor, float], Tensor]
+LossFn = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def noise_of(normal: Tensor, config: DiffusionConfig) -> Tensor:
@@ -40,15 +41,21 @@ def sample_time(normal: Tensor, config: DiffusionConfig) -> Tensor:
     return torch.sigmoid(config.P_mean + config.P_std * normal)
 
 
-def denoising_loss(net: Net, x: Tensor, normal: Tensor, t: Tensor, y: Y, config: DiffusionConfig) -> Tensor:
-    """x-prediction under the v-loss, mean over pictures and pixels.
+def v_loss(x_pred: Tensor, x: Tensor, z_t: Tensor, t: Tensor, t_eps: float) -> Tensor:
+    """Mean over pictures and pixels.
 
     Both velocities share the bound on 1 - t, so this is exactly the x-loss weighted by 1 / max(1 - t, t_eps)^2.
-    Args: x: (B, 3, H, W) in [-1, 1]; normal: like x, standard normal; t: (B,); y: what `net` is conditioned on.
+    """
+    return (velocity(x, z_t, t, t_eps) - velocity(x_pred.float(), z_t, t, t_eps)).square().mean()
+
+
+def denoising_loss(net: Net, x: Tensor, normal: Tensor, t: Tensor, y: Y, config: DiffusionConfig, *, loss: LossFn = v_loss) -> Tensor:
+    """x-prediction under the v-loss.
+
+    Args: x: (B, 3, H, W) in [-1, 1]; normal: like x, standard normal; t: (B,); y: what `net` is conditioned on; loss: v_loss, or that compiled.
     """
     z_t = interpolate(x, noise_of(normal, config), t)
-    x_pred = net(z_t, t, y).float()
-    return (velocity(x, z_t, t, config.t_eps) - velocity(x_pred, z_t, t, config.t_eps)).square().mean()
+    return loss(net(z_t, t, y), x, z_t, t, config.t_eps)
 
 
 def guided(net: Net, y: Y | Embedded, y_null: Y | Embedded, diffusion: DiffusionConfig, sampler: SamplerConfig) -> VelocityFn:

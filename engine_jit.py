@@ -13,7 +13,7 @@ from conditioning import Conditions, drop_conditions
 from config import DiffusionConfig, Train
 from datasets.stream import Batch
 from datasets.transforms import to_model_range
-from denoiser import Net, denoising_loss, sample_time
+from denoiser import LossFn, Net, denoising_loss, sample_time, v_loss
 from resume import TrainState
 from util import distributed as dist
 from util.broken import Broken
@@ -60,9 +60,10 @@ class Training:
     broken: Broken
     stop: Stop
     save: Callable[[Due, Progress], None]
-    gap: Callable[[nn.Module, bool], dict[str, Tensor]] | None  # evaluation.text_gap, for text models
+    gap: Callable[[], dict[str, Tensor]] | None  # evaluation.text_gap, for text models
     seed: int
     device: torch.device
+    loss: LossFn = v_loss  # or that compiled
 
 
 def make_optimizer(net: nn.Module, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
@@ -79,7 +80,7 @@ def batch_loss(net: Net, batch: Batch, training: Training) -> Tensor:
     y = drop_conditions(y, training.null, batch.numbers, training.config.label_drop_prob, seed)
     t = to_device(sample_time(normal(seed, "t", batch.numbers, ()), training.diffusion), device)
     noise = normal(seed, "eps", batch.numbers, x.shape[1:], device)
-    return denoising_loss(net, x, noise, t, y, training.diffusion)
+    return denoising_loss(net, x, noise, t, y, training.diffusion, loss=training.loss)
 
 
 def grad_norm_of(module: nn.Module) -> Tensor:
@@ -126,7 +127,6 @@ def train_one_epoch(training: Training, epoch: int, first: int) -> Due:
     Nothing waits for the GPU but a line of the log. Where a checkpoint is due a line is too, so what is saved is known to be finite.
     """
     state, schedule, due = training.state, training.schedule, Due()
-    state.net.train()
     training.report.resume_clock()
     batches = iter(training.loader)
     for i in range(first, schedule.steps_per_epoch):
@@ -140,7 +140,7 @@ def train_one_epoch(training: Training, epoch: int, first: int) -> Due:
         norm = take_step(state, training.config.grad_clip, training.skips)
         training.report.add(loss)
         if due.log:
-            training.report.line(state.step, lr, {"grad_norm": norm} | values | (training.gap(state.net, training.parallel.bf16) if training.gap else {}))
+            training.report.line(state.step, lr, {"grad_norm": norm} | values | (training.gap() if training.gap else {}))
             check_skips(training, schedule.steps_per_epoch * epoch + i, lr)
         if due.save:
             training.broken.write()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import AttentionRope, RotaryEmbeddingCat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config import parse_model_name
 from util.text import Embedded, Text
@@ -105,7 +106,10 @@ class TokenProjector(nn.Module):
 
 
 class BottleneckPatchEmbed(nn.Module):
-    """Patches through a low-rank linear layer, 3 p p -> d' -> C (the paper's section 4.3 and figure 4)."""
+    """Patches through a low-rank linear layer, 3 p p -> d' -> C (the paper's section 4.3 and figure 4).
+
+    The published files hold its matrices as those of convolutions.
+    """
 
     def __init__(self, patch_size: int, in_channels: int, bottleneck_dim: int, width: int):
         super().__init__()
@@ -113,7 +117,8 @@ class BottleneckPatchEmbed(nn.Module):
         self.proj2 = nn.Conv2d(bottleneck_dim, width, 1)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, N, C)
-        return self.proj2(self.proj1(z)).flatten(2).transpose(1, 2)
+        patches = F.linear(patchify(z, self.proj1.kernel_size[0]), self.proj1.weight.flatten(1))
+        return F.linear(patches, self.proj2.weight.flatten(1), self.proj2.bias)
 
 
 class SwiGLU(nn.Module):
@@ -166,6 +171,11 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def run(block: nn.Module, *inputs: Tensor, recompute: bool):
+    """What a block makes; with `recompute` it is made again in the backward pass, and its inputs alone are kept until then."""
+    return checkpoint(block, *inputs, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(*inputs)
+
+
 def initialize_linears(net: nn.Module) -> None:
     """Xavier-uniform with zero bias, the patch convolutions too."""
     for module in net.modules():
@@ -173,6 +183,12 @@ def initialize_linears(net: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: the patch convolutions are linear layers
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def patchify(z: Tensor, patch_size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, N, 3 p p), each token (channel, row, column), as the weights of a convolution are."""
+    p, (batch, channels, height, width) = patch_size, z.shape
+    return z.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p)
 
 
 def unpatchify(tokens: Tensor, patch_size: int, channels: int) -> Tensor:
@@ -213,6 +229,7 @@ class JiT(nn.Module):
         assert input_size % patch_size == 0, f"image size {input_size} is not a multiple of the patch size {patch_size}"
         grid = input_size // patch_size
         self.patch_size, self.in_channels = patch_size, in_channels
+        self.grad_checkpointing = False  # whether blocks are computed again in the backward pass
         self.in_context_len, self.in_context_start = text_len or in_context_len, in_context_start
         in_context_len = self.in_context_len
 
@@ -250,6 +267,11 @@ class JiT(nn.Module):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
+    @property
+    def repeated(self) -> list[nn.Module]:
+        """What is compiled, or recomputed, one by one."""
+        return [*self.blocks]
+
     def embed(self, y: Tensor | Text) -> Embedded:
         """(B, C) of a label or a vector, (B, L, C) of tokens."""
         return Embedded(self.y_embedder(y))
@@ -263,7 +285,7 @@ class JiT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i == self.in_context_start:
                 x, rope = torch.cat([context + self.in_context_posemb, x], dim=1), self.rope_with_context
-            x = block(x, c, rope)
+            x = run(block, x, c, rope, recompute=self.grad_checkpointing)
         return unpatchify(self.final_layer(x[:, self.in_context_len :], c), self.patch_size, self.in_channels)
 
 

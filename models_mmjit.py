@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import parse_model_name
-from models_jit import BottleneckPatchEmbed, RMSNorm, initialize_linears, sincos_table, text_angles, unpatchify
+from models_jit import BottleneckPatchEmbed, RMSNorm, initialize_linears, run, sincos_table, text_angles, unpatchify
 from util.text import Embedded, Text
 
 Turn = tuple[Tensor, Tensor]  # cosines and sines of the angles of RoPE, (T, D / 2) each, float32: taken once for all blocks
@@ -136,6 +136,7 @@ class MMJiT(nn.Module):
         assert input_size % patch_size == 0, f"image size {input_size} is not a multiple of the patch size {patch_size}"
         grid, self.head_width = input_size // patch_size, hidden_size // num_heads
         self.patch_size, self.in_channels = patch_size, in_channels
+        self.grad_checkpointing = False  # whether blocks are computed again in the backward pass
         self.img_embedder = BottleneckPatchEmbed(patch_size, in_channels, bottleneck_dim, hidden_size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, text_dim))
         self.txt_embedder = nn.Linear(text_dim, hidden_size, bias=False)
@@ -156,12 +157,17 @@ class MMJiT(nn.Module):
         """Where the text comes in, by the name that it has in JiT."""
         return self.txt_embedder
 
+    @property
+    def repeated(self) -> list[nn.Module]:
+        """What is compiled, or recomputed, one by one."""
+        return [*self.txt_preamble_blocks, *self.double_blocks]
+
     def embed(self, y: Text) -> Embedded:
         """The caption before it meets the picture, (B, L, C)."""
         text = self.txt_embedder(torch.where(y.mask[..., None], y.states, self.mask_token))
         turn = turn_of(text_angles(text.shape[1], self.head_width, text.device))
         for block in self.txt_preamble_blocks:
-            text = block(text, turn)
+            text = run(block, text, turn, recompute=self.grad_checkpointing)
         return Embedded(text)
 
     def forward(self, z_t: Tensor, t: Tensor, y: Text | Embedded) -> Tensor:
@@ -170,7 +176,7 @@ class MMJiT(nn.Module):
         places = torch.cat([text_angles(text.shape[1], self.head_width, text.device), self.angles])
         x, turn = self.img_embedder(z_t) + self.pos_embed, turn_of(places)
         for block in self.double_blocks:
-            text, x = block(text, x, turn)
+            text, x = run(block, text, x, turn, recompute=self.grad_checkpointing)
         return unpatchify(self.final_layer(x), self.patch_size, self.in_channels)
 
 

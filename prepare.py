@@ -18,6 +18,7 @@ from conditioning import Conditioning
 from config import DrawJob, EvaluateJob, SweepJob, TrainJob, to_plain
 from datasets.source import hold_out, make_loader, open_data, workers
 from datasets.stream import PictureDataset, StreamSampler
+from denoiser import v_loss
 from evaluation.evaluator import Evaluator
 from evaluation.measures import Measure, Subjects
 from evaluation.online import OnlineEvaluation
@@ -34,7 +35,7 @@ from util.ema import averages_of
 from util.errors import UserError, need_package
 from util.files import writable_folder
 from util.logging import progress, say
-from util.parallel import Parallel, to_device, uses_bf16
+from util.parallel import Parallel, compiled, to_device, uses_bf16, uses_compile
 from util.report import Report, Sizes, first_lines
 from util.schedule import Progress, Schedule
 from util.skips import Skips
@@ -251,6 +252,8 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
     device, world, folder = prepared.studio.painter.device, shares.world, Path(job.run.output_dir)
     check_shared_memory(job, conditions)
     steps, bf16, train = world.steps_per_epoch, uses_bf16(job.run.precision, device), job.train
+    compile = uses_compile(job.run.compile, device)
+    state.net.grad_checkpointing = train.grad_checkpointing == "blocks"
     trained = sum(p.numel() for p in state.net.parameters() if p.requires_grad)
     for line in first_lines(job, Sizes(trained, conditions.frozen, len(shares.pictures), len(shares.held_out), steps, workers(job.data)), device, bf16):
         say(line)
@@ -263,7 +266,7 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
     bar = progress(train.epochs * steps, "training", initial=position.epoch * steps + position.epoch_step)
     training = engine.Training(
         state=state,
-        parallel=Parallel(state.net, device, bf16),
+        parallel=Parallel(state.net, device, bf16, compile),
         loader=make_loader(shares.dataset, sampler, conditions.conditions, job.data, device),
         conditions=conditions.conditions,
         null=to_device(conditions.conditions.null, device),
@@ -279,6 +282,7 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
         gap=text_gap(job, prepared) if job.text else None,
         seed=job.run.seed,
         device=device,
+        loss=compiled(v_loss) if compile else v_loss,
     )
     return TrainingRun(training, prepared.online, position, writer)
 
@@ -288,4 +292,4 @@ def text_gap(job: TrainJob, prepared: Prepared) -> TextGap:
     shares, studio, batch = prepared.shares, prepared.studio, job.train.batch_size
     pictures, size = shares.held_out if len(shares.held_out) else shares.pictures, min(64, max(16, batch * dist.world_size()))
     chosen = choose(shares.dataset, pictures[:size].tolist(), size)
-    return TextGap(chosen, studio.conditions.conditions, job.diffusion, job.run.seed, batch, studio.painter.device)
+    return TextGap(studio.painter.net, chosen, studio.conditions.conditions, job.diffusion, job.run.seed, batch, studio.painter.device)

@@ -61,8 +61,7 @@ class Weights:
 
     @contextmanager
     def drawing(self, which: str) -> Iterator[None]:
-        """Inside, the network is in evaluation mode and computes with an average, "1" or "2", or with its own weights, "raw"."""
-        self.net.eval()
+        """Inside, the network computes with an average, "1" or "2", or with its own weights, "raw"."""
         with nullcontext() if which == "raw" else self.emas[int(which) - 1].applied(self.net):
             yield
 

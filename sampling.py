@@ -28,7 +28,7 @@ from util import distributed as dist
 from util.ema import averages_of
 from util.errors import UserError
 from util.logging import progress
-from util.parallel import in_precision, uses_bf16
+from util.parallel import for_drawing, uses_bf16, uses_compile
 from util.randomness import derive, normal
 from util.sheet import captioned_sheet, save_sheet
 from util.text import Embedded, PackedText, Y
@@ -92,7 +92,9 @@ def make_network(job: TrainJob | DrawJob, text_width: int | None, device: torch.
 
 
 def make_painter(job: TrainJob | DrawJob, net: nn.Module, null: Y, device: torch.device) -> Painter:
-    call, embed = (in_precision(part, device, uses_bf16(job.run.precision, device)) for part in (net, net.embed))
+    """A few pictures are drawn sooner than a network is compiled, so --generate compiles only where it is asked to."""
+    compile = uses_compile(job.run.compile, device, usual=not isinstance(job, GenerateJob))
+    call, embed = for_drawing(net, device, uses_bf16(job.run.precision, device), compile)
     return Painter(call, null, job.model.img_size, job.diffusion, job.drawing.sampler, job.drawing.batch_size, device, job.run.seed, embed)
 
 

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from conditioning import Conditions, expand_null
 from config import DiffusionConfig
 from datasets.transforms import to_model_range
-from denoiser import denoising_loss, sample_time
+from denoiser import Net, denoising_loss, sample_time
 from util import distributed as dist
-from util.parallel import in_precision
 from util.randomness import normal
 
 
@@ -36,32 +35,30 @@ def choose(dataset, pictures: Sequence[int], size: int) -> Chosen:
 
 
 class TextGap:
-    """gap(net, bf16) -> figures.  A network that ignores its captions has the same loss under all three. The times are the quantiles of the training's.
+    """gap() -> figures.  A network that ignores its captions has the same loss under all three. The times are the quantiles of the training's.
 
     Each rank measures its share of the pictures, `batch_size` at a time.
     """
 
-    def __init__(self, chosen: Chosen, conditions: Conditions, diffusion: DiffusionConfig, seed: int, batch_size: int, device: torch.device):
+    def __init__(self, net: Net, chosen: Chosen, conditions: Conditions, diffusion: DiffusionConfig, seed: int, batch_size: int, device: torch.device):
+        """net: as drawing calls it, without dropout."""
         lines, size, mine = chosen.lines, len(chosen.lines), chosen.numbers
         shift = min(range(1, size), key=lambda k: int((lines == lines.roll(k)).sum()))  # as few as can be keep their caption
         times = sample_time(torch.special.ndtri((torch.arange(size) + 0.5) / size), diffusion)
         self.size, self.numbers, self.pictures, self.t = size, mine, chosen.pictures.to(device), times[list(mine)].to(device)
         y = (conditions(lines[list(mine)]), conditions(lines.roll(shift)[list(mine)]), expand_null(conditions.null, len(mine)))
         self.y = [rows.to(device) for rows in y]
-        self.diffusion, self.seed, self.batch_size = diffusion, seed, batch_size
+        self.net, self.diffusion, self.seed, self.batch_size = net, diffusion, seed, batch_size
 
     @torch.no_grad()
-    def __call__(self, net: nn.Module, bf16: bool) -> dict[str, Tensor]:
+    def __call__(self) -> dict[str, Tensor]:
         """Loss under the own captions, and what it grows by under the others' and under the null.  Collective."""
-        net.eval()
-        call = in_precision(net, self.t.device, bf16)
         sums = torch.zeros(3, device=self.t.device)
         for start in range(0, len(self.numbers), self.batch_size):
             part = slice(start, start + self.batch_size)
             x = to_model_range(self.pictures[part])
             noise = normal(self.seed, "gap", self.numbers[part], x.shape[1:], x.device)
-            losses = [denoising_loss(call, x, noise, self.t[part], y[part], self.diffusion) for y in self.y]
+            losses = [denoising_loss(self.net, x, noise, self.t[part], y[part], self.diffusion) for y in self.y]
             sums += len(x) * torch.stack(losses)
-        net.train()
         own, shuffled, null = dist.sum_over_ranks(sums) / self.size
         return {"text_gap/loss": own, "text_gap/shuffled": shuffled - own, "text_gap/null": null - own}

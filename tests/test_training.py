@@ -231,7 +231,6 @@ flat_conditions.null = torch.zeros(1)
 def test_the_text_gap_in_closed_form():
     diffusion = DiffusionConfig(noise_scale=2.0)
     chosen = text_gap.choose(FlatPictures(), range(4), 64)
-    gap = text_gap.TextGap(chosen, flat_conditions, diffusion, seed=0, batch_size=5, device=torch.device("cpu"))
 
     class Draws(torch.nn.Module):  # exactly the picture that y tells of
         def forward(self, z_t, t, y):
@@ -241,14 +240,17 @@ def test_the_text_gap_in_closed_form():
         def forward(self, z_t, t, y):
             return z_t * 0.5
 
-    found = {name: value.item() for name, value in gap(Draws(), bf16=False).items()}
+    def gap(net):
+        return {name: value.item() for name, value in text_gap.TextGap(net, chosen, flat_conditions, diffusion, 0, 5, torch.device("cpu"))().items()}
+
+    found = gap(Draws())
     grey = flat_conditions(torch.arange(64) % 4)
     t = sample_time(torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(64) + 0.5) / 64), diffusion)
     weight = 1 / (1 - t).clamp_min(0.05) ** 2
     assert found["text_gap/loss"] == pytest.approx(0, abs=1e-6)
     assert found["text_gap/shuffled"] == pytest.approx((weight * (grey - grey.roll(1)).square()).mean().item(), rel=1e-4)
     assert found["text_gap/null"] == pytest.approx((weight * grey.square()).mean().item(), rel=1e-4)
-    deaf = {name: value.item() for name, value in gap(Deaf(), bf16=False).items()}
+    deaf = gap(Deaf())
     assert deaf["text_gap/loss"] > 0.1 and deaf["text_gap/shuffled"] == deaf["text_gap/null"] == 0
 
 

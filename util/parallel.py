@@ -1,5 +1,8 @@
-"""How a network is run: on which device, in which precision, by itself or under DDP."""
+"""How a network is run: on which device, in which precision, compiled or not, by itself or under DDP; in training, and in drawing."""
 
+import copy
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
@@ -9,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util import distributed as dist
+from util.errors import UserError
+from util.logging import say
 from util.text import Y
+
+BACKEND = "inductor"
+MOST_GRAPHS = 64  # of a block: by context tokens, dropout, batch, training or drawing; torch's own limit is 8, and an error beyond it
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
@@ -32,6 +40,52 @@ def in_precision(net: Callable, device: torch.device, bf16: bool) -> Callable:
     return call
 
 
+def compiler_lacks(device: torch.device) -> str:
+    """What torch.compile would not find on this machine."""
+    if device.type == "cuda" and not torch.utils._triton.has_triton():
+        return "Triton"
+    names = [os.environ.get("CC"), "gcc", "clang"] if device.type == "cuda" else [os.environ.get("CXX"), "g++", "clang++"]
+    return "" if any(name and shutil.which(name) for name in names) else f"a compiler ({names[1]})"
+
+
+def uses_compile(asked: bool | None, device: torch.device, usual: bool = True) -> bool:
+    """What --compile means on this device.  usual: whether it pays on a GPU.  Raises: UserError where it is asked for and cannot be had."""
+    wanted = usual and device.type == "cuda" if asked is None else asked
+    lacking = compiler_lacks(device) if wanted else ""
+    if lacking and asked:
+        raise UserError(f"--compile needs {lacking}, which is not here; install it, or leave the flag out")
+    if lacking:
+        say(f"warning: {lacking} is not here, so nothing is compiled and training takes about twice as long; --no-compile says that this is meant")
+    return wanted and not lacking
+
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
+
+
+def compile_blocks(net: nn.Module, dynamic: bool | None) -> None:
+    """Each block by itself: few graphs, and all names stay.  dynamic: False for batches of one size, None for several."""
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    for block in net.repeated:
+        block.compile(fullgraph=True, dynamic=dynamic, backend=BACKEND)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A network of its own over the same weights."""
+    found = copy.copy(module)
+    found._modules = {name: child and twin(child) for name, child in module._modules.items()}
+    return found
+
+
+def for_drawing(net: nn.Module, device: torch.device, bf16: bool, compile: bool = False) -> tuple[Callable, Callable]:
+    """net and net.embed as drawing calls them: over the same weights, whatever they become, without dropout, compiled for themselves."""
+    drawn = twin(net).eval()
+    drawn.grad_checkpointing = False
+    if compile:
+        compile_blocks(drawn, dynamic=None)
+    return in_precision(drawn, device, bf16), in_precision(drawn.embed, device, bf16)
+
+
 def wrap(net: nn.Module, device: torch.device) -> nn.Module:
     """The network as DDP trains it, or as it is in a world of one.  Collective: starts from rank 0's weights."""
     if not dist.in_group():
@@ -43,8 +97,10 @@ def wrap(net: nn.Module, device: torch.device) -> nn.Module:
 class Parallel:
     """A network as training calls it: parallel(z_t, t, y) -> x_pred, under DDP where there is a group, under autocast where asked.  Collective to make."""
 
-    def __init__(self, net: nn.Module, device: torch.device, bf16: bool):
-        self.net, self.device, self.bf16 = wrap(net, device), device, bf16
+    def __init__(self, net: nn.Module, device: torch.device, bf16: bool, compile: bool = False):
+        if compile:
+            compile_blocks(net, dynamic=False)
+        self.net = wrap(net.train(), device)
         self.call = in_precision(self.net, device, bf16)
 
     def __call__(self, z_t: Tensor, t: Tensor, y: Y) -> Tensor:
