@@ -51,6 +51,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     several: str = ""  # how a list is written: "numbers", "weights" or "intervals" for --sweep, "prompts" by giving the flag again
     off: str = ""  # the flag that turns it off
+    auto: bool = False  # whether it may be `auto`, which is None here
     shown: str = ""  # the default in words, where None stands for something
 
 
@@ -493,7 +494,14 @@ class Drawing(Config):
         choices=("1", "2", "raw"),
         several="weights",
     )
-    batch_size: int = flag(256, "gen_bsz", "pictures drawn at a time per process", "1 プロセスが一度に描く枚数", bounds=AT_LEAST_1)
+    batch_size: int | None = flag(
+        256,
+        "gen_bsz",
+        "pictures drawn at a time per process; `auto`: 256, and half as many wherever the GPU's memory does not hold them",
+        "1 プロセスが一度に描く枚数。`auto` は 256 から始め、GPU のメモリに入らなければ半分にします",
+        bounds=AT_LEAST_1,
+        auto=True,
+    )
     lora: str | None = flag(
         None,
         "lora",

@@ -7,6 +7,7 @@ may run it under bf16 autocast: v divides by 1 - t, and bf16's rounding of z or 
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -49,13 +50,17 @@ def v_loss(x_pred: Tensor, x: Tensor, z_t: Tensor, t: Tensor, t_eps: float) -> T
     return (velocity(x, z_t, t, t_eps) - velocity(x_pred.float(), z_t, t, t_eps)).square().mean()
 
 
-def denoising_loss(net: Net, x: Tensor, normal: Tensor, t: Tensor, y: Y, config: DiffusionConfig, *, loss: LossFn = v_loss) -> Tensor:
-    """x-prediction under the v-loss.
+@dataclass(frozen=True)
+class Objective:
+    """x-prediction under the v-loss.  loss: v_loss, or that compiled."""
 
-    Args: x: (B, 3, H, W) in [-1, 1]; normal: like x, standard normal; t: (B,); y: what `net` is conditioned on; loss: v_loss, or that compiled.
-    """
-    z_t = interpolate(x, noise_of(normal, config), t)
-    return loss(net(z_t, t, y), x, z_t, t, config.t_eps)
+    config: DiffusionConfig
+    loss: LossFn = v_loss
+
+    def __call__(self, net: Net, x: Tensor, normal: Tensor, t: Tensor, y: Y) -> Tensor:
+        """x: (B, 3, H, W) in [-1, 1]; normal: like x, standard normal; t: (B,); y: what `net` is conditioned on.  Returns: a number."""
+        z_t = interpolate(x, noise_of(normal, self.config), t)
+        return self.loss(net(z_t, t, y), x, z_t, t, self.config.t_eps)
 
 
 def guided(net: Net, y: Y | Embedded, y_null: Y | Embedded, diffusion: DiffusionConfig, sampler: SamplerConfig) -> VelocityFn:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from conditioning import Conditions, drop_conditions
-from config import DiffusionConfig, Train
+from config import Train
 from datasets.stream import Batch
 from datasets.transforms import to_model_range
-from denoiser import LossFn, Net, denoising_loss, sample_time, v_loss
+from denoiser import Net, Objective, sample_time
 from resume import TrainState
 from util import distributed as dist
 from util.broken import Broken
@@ -51,7 +51,7 @@ class Training:
     loader: DataLoader
     conditions: Conditions
     null: Y  # theirs, on the device
-    diffusion: DiffusionConfig
+    objective: Objective
     config: Train
     peak_lr: float
     schedule: Schedule
@@ -63,7 +63,6 @@ class Training:
     gap: Callable[[], dict[str, Tensor]] | None  # evaluation.text_gap, for text models
     seed: int
     device: torch.device
-    loss: LossFn = v_loss  # or that compiled
 
 
 def make_optimizer(net: nn.Module, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
@@ -78,9 +77,9 @@ def batch_loss(net: Net, batch: Batch, training: Training) -> Tensor:
     x = to_model_range(batch.pictures.to(device, non_blocking=True))  # pinned by the loader unless --no_pin_mem
     y = (batch.y if conditions.in_loader else conditions(batch.y)).to(device, non_blocking=True)
     y = drop_conditions(y, training.null, batch.numbers, training.config.label_drop_prob, seed)
-    t = to_device(sample_time(normal(seed, "t", batch.numbers, ()), training.diffusion), device)
+    t = to_device(sample_time(normal(seed, "t", batch.numbers, ()), training.objective.config), device)
     noise = normal(seed, "eps", batch.numbers, x.shape[1:], device)
-    return denoising_loss(net, x, noise, t, y, training.diffusion, loss=training.loss)
+    return training.objective(net, x, noise, t, y)
 
 
 def grad_norm_of(module: nn.Module) -> Tensor:

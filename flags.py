@@ -184,6 +184,13 @@ def weight_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def whole_number_or_auto(text: str) -> int | None:
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: wanted a whole number, or auto") from None
+
+
 LISTS = {"numbers": numbers, "weights": weight_names, "intervals": intervals}
 
 
@@ -207,6 +214,7 @@ class Parser(argparse.ArgumentParser):
         elif known.several:
             place.add_argument(on, type=LISTS[known.several], help=words)
         else:
+            kind = whole_number_or_auto if known.auto else kind
             place.add_argument(on, type=kind, choices=known.choices or None, help=words)
 
     def read(self, argv: Sequence[str] | None) -> dict[str, Any]:
@@ -461,7 +469,9 @@ def markdown(language: str) -> str:
             for known, default, _ in flags_in(config):
                 shown = shown_default(known, default[0] if known.several == "numbers" and isinstance(default, tuple) else default)
                 shown = SHOWN_JA.get(shown, shown) if language == "ja" else shown
-                values = ", ".join(f"`{choice}`" for choice in known.choices) or (known.bounds.shown if known.bounds else "")
+                values = ", ".join(f"`{choice}`" for choice in known.choices) or (
+                    known.bounds.shown + (", `auto`" if known.auto else "") if known.bounds else ""
+                )
                 names = f"`--{known.name}`" + (f" `--{known.off}`" if known.off else "")
                 lines.append(f"| {names} | {shown} | {values} | {known.help if language == 'en' else known.ja} |")
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from conditioning import Conditioning
 from config import DrawJob, EvaluateJob, SweepJob, TrainJob, to_plain
 from datasets.source import hold_out, make_loader, open_data, workers
 from datasets.stream import PictureDataset, StreamSampler
-from denoiser import v_loss
+from denoiser import Objective, v_loss
 from evaluation.evaluator import Evaluator
 from evaluation.measures import Measure, Subjects
 from evaluation.online import OnlineEvaluation
@@ -270,7 +271,7 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
         loader=make_loader(shares.dataset, sampler, conditions.conditions, job.data, device),
         conditions=conditions.conditions,
         null=to_device(conditions.conditions.null, device),
-        diffusion=job.diffusion,
+        objective=Objective(job.diffusion, compiled(v_loss) if compile else v_loss),
         config=train,
         peak_lr=train.peak_lr(world.processes),
         schedule=Schedule(job.save, train.epochs, steps, train.log_freq, job.evaluation is not None),
@@ -279,10 +280,9 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
         broken=Broken(folder, len(shares.dataset) + len(shares.dataset.bad), job.data.broken, shares.dataset.bad),
         stop=stop,
         save=resume.Saver(writer, state, skips, world, job, conditions.description),
-        gap=text_gap(job, prepared) if job.text else None,
+        gap=partial(text_gap(job, prepared), prepared.studio.painter.net) if job.text else None,
         seed=job.run.seed,
         device=device,
-        loss=compiled(v_loss) if compile else v_loss,
     )
     return TrainingRun(training, prepared.online, position, writer)
 
@@ -292,4 +292,4 @@ def text_gap(job: TrainJob, prepared: Prepared) -> TextGap:
     shares, studio, batch = prepared.shares, prepared.studio, job.train.batch_size
     pictures, size = shares.held_out if len(shares.held_out) else shares.pictures, min(64, max(16, batch * dist.world_size()))
     chosen = choose(shares.dataset, pictures[:size].tolist(), size)
-    return TextGap(studio.painter.net, chosen, studio.conditions.conditions, job.diffusion, job.run.seed, batch, studio.painter.device)
+    return TextGap(chosen, studio.conditions.conditions, job.diffusion, job.run.seed, batch, studio.painter.device)

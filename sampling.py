@@ -4,7 +4,7 @@ The verbs: the solver *samples*, a painter *paints* a batch, *draws* many over a
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,23 @@ from text_features import PinnedModel, conditions_of_prompts
 from util import distributed as dist
 from util.ema import averages_of
 from util.errors import UserError
-from util.logging import progress
+from util.logging import progress, say
 from util.parallel import for_drawing, uses_bf16, uses_compile
 from util.randomness import derive, normal
 from util.sheet import captioned_sheet, save_sheet
 from util.text import Embedded, PackedText, Y
+
+
+@dataclass
+class Room:
+    """How many pictures the device's memory holds at a time, as far as is known."""
+
+    pictures: int = 256
+
+    def shrink(self, tried: int) -> None:
+        self.pictures = tried // 2
+        torch.cuda.empty_cache()
+        say(f"{tried} pictures at a time do not fit into the GPU's memory; going on with {self.pictures}")
 
 
 @dataclass(frozen=True)
@@ -43,10 +55,11 @@ class Painter:
     img_size: int
     diffusion: DiffusionConfig
     sampler: SamplerConfig
-    batch_size: int
+    batch_size: int | None  # None: as many as there is room for
     device: torch.device
     seed: int = 0
     embed: Callable[[Y], Y | Embedded] = lambda y: y  # once for all steps
+    room: Room = field(default_factory=Room)
 
     @torch.no_grad()
     def paint(self, numbers: Sequence[int], y: Y | PackedText) -> Tensor:
@@ -56,10 +69,24 @@ class Painter:
         return sample(self.net, noise, y, expand_null(null, len(y)), self.diffusion, self.sampler)
 
     def paint_in_batches(self, numbers: Sequence[int], y_of: Callable[[Sequence[int]], Y | PackedText]) -> Iterator[tuple[list[int], Tensor]]:
-        """Those pictures, `batch_size` at a time: their numbers and (B, 3, H, W) uint8 on the CPU.  y_of: numbers -> conditions (B, ...)."""
-        for start in range(0, len(numbers), self.batch_size):
-            part = list(numbers[start : start + self.batch_size])
-            yield part, to_levels(self.paint(part, y_of(part)))
+        """Those pictures, some at a time: their numbers and (B, 3, H, W) uint8 on the CPU.  y_of: numbers -> conditions (B, ...).
+
+        Raises: UserError where `batch_size` of them do not fit into the GPU's memory.
+        """
+        start = 0
+        while start < len(numbers):
+            part = list(numbers[start : start + (self.batch_size or self.room.pictures)])
+            try:
+                pictures = to_levels(self.paint(part, y_of(part)))
+            except torch.OutOfMemoryError as error:
+                if self.batch_size or len(part) == 1:
+                    raise UserError(f"{len(part)} pictures at a time do not fit into the GPU's memory; give --gen_bsz auto, or a smaller number") from error
+                pictures = None  # what was tried is freed at the end of this block
+            if pictures is None:
+                self.room.shrink(len(part))
+                continue
+            yield part, pictures
+            start += len(part)
 
     def draw(self, y_of: Callable[[Sequence[int]], Y | PackedText], count: int, what: str) -> Iterator[tuple[list[int], Tensor]]:
         """This rank's share of pictures 0 .. count - 1: their numbers and (B, 3, H, W) uint8 on the CPU.

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from datasets.imagenet import ClassFolder
 from datasets.source import make_loader, open_captioned
 from datasets.stream import PackedStrings, StreamSampler, View
 from demo.tiny_llm import train_tokenizer
-from denoiser import sample, v_loss
+from denoiser import Objective, sample
 from evaluation.text_gap import TextGap, choose
 from models_jit import build_model
 from text_encoder import LanguageModel
@@ -127,7 +128,7 @@ def build(model: str, width: int | None, args: argparse.Namespace) -> torch.nn.M
 class Variant:
     """One variant of the training step: its data, conditions and network, with all that engine_jit.batch_loss asks of a Training."""
 
-    seed, config, diffusion, loss = 0, Train(lr=1e-4), DiffusionConfig(), staticmethod(v_loss)
+    seed, config, objective = 0, Train(lr=1e-4), Objective(DiffusionConfig())
 
     def __init__(self, dataset, conditions, model: str, width: int | None, args: argparse.Namespace, device: torch.device):
         torch.manual_seed(0)
@@ -163,8 +164,8 @@ def bench_step(args: argparse.Namespace, llm: Path, device: torch.device) -> Non
     actions = {name: variant.step for name, variant in variants.items()}
     stored = variants["store on disk"]
     chosen = choose(text, range(len(text)), max(16, min(64, args.batch_size)))
-    gap = TextGap(for_drawing(stored.net, device, device.type == "cuda")[0], chosen, stored.conditions, DiffusionConfig(), 0, args.batch_size, device)
-    actions["(the text gap, once every --log_freq steps)"] = gap
+    gap = TextGap(chosen, stored.conditions, DiffusionConfig(), 0, args.batch_size, device)
+    actions["(the text gap, once every --log_freq steps)"] = partial(gap, for_drawing(stored.net, device, device.type == "cuda")[0])
     seconds = medians(actions, args.rounds, device)
     print(f"\ntraining step, {args.model} at {args.img_size} pixels, batch {args.batch_size}, llm-jp-3-{args.llm} shape, {args.rounds} rounds in turn\n")
     print("| conditions | median ms | against class labels, round by round |\n|---|---|---|")

@@ -23,7 +23,7 @@ import models_jit
 import models_mmjit
 from config import DiffusionConfig, Model, Train, parse_model_name
 from datasets.stream import Batch
-from denoiser import v_loss
+from denoiser import Objective
 from resume import TrainState
 from util.ema import Ema
 from util.errors import UserError, told_in_one_line
@@ -89,7 +89,7 @@ class Step:
             )
         self.batch = Batch(pictures, y, list(range(batch)), [])
         self.training = SimpleNamespace(
-            conditions=SimpleNamespace(in_loader=True), null=null, diffusion=DiffusionConfig(), config=Train(lr=1e-4), seed=0, device=device, loss=v_loss
+            conditions=SimpleNamespace(in_loader=True), null=null, objective=Objective(DiffusionConfig()), config=Train(lr=1e-4), seed=0, device=device
         )
 
     def __call__(self) -> Tensor:

@@ -158,7 +158,7 @@ class Evaluator:
             "subjects": subjects.source,
             "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "processes": dist.world_size(),
-            "batch": self.painter.batch_size,
+            "batch": self.painter.batch_size or self.painter.room.pictures,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "pictures_per_second": round(len(subjects) / sum(seconds.values()), 3),

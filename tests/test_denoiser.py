@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import DiffusionConfig, SamplerConfig
-from denoiser import SOLVERS, calls_of, denoising_loss, guided, interpolate, sample, sample_time, solve, times_of, velocity
+from denoiser import SOLVERS, Objective, calls_of, guided, interpolate, sample, sample_time, solve, times_of, velocity
 from util.randomness import normal
 
 
@@ -27,14 +27,14 @@ def test_loss_is_the_weighted_x_loss():
     x, eps, x_pred = torch.randn(3, 5, 3, 8, 8)
     t = torch.tensor([0.1, 0.5, 0.9, 0.97, 1.0])
     for t_eps in (0.05, 0.2):
-        loss = denoising_loss(lambda z, t, y: x_pred, x, eps, t, None, DiffusionConfig(t_eps=t_eps))
+        loss = Objective(DiffusionConfig(t_eps=t_eps))(lambda z, t, y: x_pred, x, eps, t, None)
         weight = 1 / (1 - t).clamp_min(t_eps) ** 2
         torch.testing.assert_close(loss, (weight * (x - x_pred).square().mean((1, 2, 3))).mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_loss_of_a_network_that_knows_is_zero():
     x, eps = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    assert denoising_loss(lambda z, t, y: x, x, eps, torch.rand(2), None, DiffusionConfig()) == 0
+    assert Objective(DiffusionConfig())(lambda z, t, y: x, x, eps, torch.rand(2), None) == 0
 
 
 def test_times_are_logit_normal():

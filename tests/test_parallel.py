@@ -14,7 +14,7 @@ from torch._dynamo.backends.debugging import aot_eager
 import models_jit
 import models_mmjit
 from config import DiffusionConfig
-from denoiser import denoising_loss, v_loss
+from denoiser import Objective, v_loss
 from util import distributed as dist
 from util import parallel
 from util.errors import UserError
@@ -63,7 +63,7 @@ def graphs(monkeypatch):
 def gradients(call, net, kind, bf16=False, batch=4):
     net.zero_grad()
     z, t, y = inputs(kind, batch)
-    loss = denoising_loss(call, z, inputs(kind, batch, 1)[0], t, y, DiffusionConfig())
+    loss = Objective(DiffusionConfig())(call, z, inputs(kind, batch, 1)[0], t, y)
     loss.backward()
     return loss.detach(), {name: param.grad.clone() for name, param in net.named_parameters()}
 

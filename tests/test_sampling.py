@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from conftest import ROOT, in_ranks
 from PIL import Image
 from test_training import flags, run
 
-from config import SamplerConfig
-from sampling import load_painter
+from config import DiffusionConfig, SamplerConfig
+from sampling import Painter, load_painter
 from text_encoder import LanguageModel
 from util import distributed as dist
 from util.errors import UserError
@@ -87,3 +88,30 @@ def test_the_readmes_notebook_runs(name, trained, tmp_path, monkeypatch):
     found: dict = {}
     exec(code.replace('"output/b16"', repr(str(trained))), found)
     assert found["pictures"].shape == (2, 3, 16, 16) and found["more"].shape == (1, 3, 16, 16) and (tmp_path / "shiba.png").is_file()
+
+
+def test_auto_batches_shrink_to_what_memory_holds_and_draw_the_same(capsys):
+    """A network that a card has room to run for eight pictures at a time, guidance's second branch included."""
+    seen = []
+
+    def net(z, t, y):
+        seen.append(len(z))
+        if len(z) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return z * 0.5 + y.view(-1, 1, 1, 1)
+
+    def painter(batch_size):
+        sampler = SamplerConfig(steps=2, cfg_scale=2.0)
+        return Painter(net, torch.zeros(1), 4, DiffusionConfig(), sampler, batch_size, torch.device("cpu"))
+
+    def draw(painter):
+        return torch.cat([pictures for _, pictures in painter.paint_in_batches(range(11), lambda numbers: torch.tensor(numbers) / 11)])
+
+    auto = painter(None)
+    assert torch.equal(draw(auto), draw(painter(3)))
+    assert auto.room.pictures == 2 and "5 pictures at a time do not fit" in capsys.readouterr().out  # 11, 5, 2
+    seen.clear()
+    draw(replace(auto, seed=1))
+    assert max(seen) == 4  # and it is remembered
+    with pytest.raises(UserError, match="6 pictures at a time do not fit into the GPU's memory; give --gen_bsz auto"):
+        draw(painter(6))

@@ -241,7 +241,7 @@ def test_the_text_gap_in_closed_form():
             return z_t * 0.5
 
     def gap(net):
-        return {name: value.item() for name, value in text_gap.TextGap(net, chosen, flat_conditions, diffusion, 0, 5, torch.device("cpu"))().items()}
+        return {name: value.item() for name, value in text_gap.TextGap(chosen, flat_conditions, diffusion, 0, 5, torch.device("cpu"))(net).items()}
 
     found = gap(Draws())
     grey = flat_conditions(torch.arange(64) % 4)
