@@ -61,16 +61,16 @@ def train_epochs(job: TrainJob, run: TrainingRun) -> None:
         for epoch in range(progress.epoch, 0 if stopped else epochs):
             first = progress.epoch_step if epoch == progress.epoch else 0
             training.loader.sampler.begin(epoch, first * job.train.accum_iter)
-            with engine.loader_deaths():
+            with engine.loader_deaths(), dist.patience(dist.IN_STEPS):
                 due = engine.train_one_epoch(training, epoch, first)
             stopped = due.stop or (due.evaluate and not evaluate_online(run, job))
             if stopped:
                 finish(run, job)
                 break
         run.writer.close()
-    except UserError:
+    except Exception:  # whatever it is, a checkpoint that is being written is still good
         close_bars()
-        with suppress(UserError):  # a checkpoint that is being written is still good
+        with suppress(UserError):
             run.writer.wait()
         raise
     training.report.bar.close()
@@ -156,7 +156,7 @@ def run(job: Job) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with told_in_one_line():
+    with told_in_one_line(), dist.lost_ranks():
         run(flags.parse(argv))
     dist.shutdown()
 

@@ -163,8 +163,8 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def in_ranks(world: int, action) -> None:
-    """Run `action` in forked processes that are a gloo group, and wait for them."""
+def start_ranks(world: int, action) -> list[int]:
+    """Run `action` in forked processes that are a gloo group.  Returns: their numbers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -178,7 +178,12 @@ def in_ranks(world: int, action) -> None:
 
         return run
 
-    assert [ended(pid) for pid in [child(rank(number)) for number in range(world)]] == [0] * world
+    return [child(rank(number)) for number in range(world)]
+
+
+def in_ranks(world: int, action) -> None:
+    """Run `action` in forked processes that are a gloo group, and wait for them."""
+    assert [ended(pid) for pid in start_ranks(world, action)] == [0] * world
 
 
 def tiny_features(pictures: torch.Tensor) -> list[torch.Tensor]:
