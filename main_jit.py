@@ -132,12 +132,13 @@ def evaluate(job: EvaluateJob | SweepJob) -> None:
     path, evaluator = saved.path, prepare_evaluation(job, saved)
     step, count, which = evaluator.state.step, job.evaluation.num_images, job.drawing.weights
     say(f"evaluating {path}, step {step}")
-    if isinstance(job, SweepJob):
-        records, best = run_sweep(evaluator, job.sweep, count)
-        records = [*records, best]
-    else:
-        call_out_initial(evaluator.state, which)
-        records = [evaluator(which, job.drawing.sampler, count)]
+    with evaluator.on_device():
+        if isinstance(job, SweepJob):
+            records, best = run_sweep(evaluator, job.sweep, count)
+            records = [*records, best]
+        else:
+            call_out_initial(evaluator.state, which)
+            records = [evaluator(which, job.drawing.sampler, count)]
     board = Board(job.run, {})
     for record in records:
         board.scalars(record.scalars(), step)

@@ -194,11 +194,26 @@ def tiny_features(pictures: torch.Tensor) -> list[torch.Tensor]:
     return [features, features @ head]
 
 
+class Tiny(torch.nn.Module):
+    """They, as a network that remembers where it was brought to."""
+
+    def __init__(self):
+        super().__init__()
+        self.places: list[str] = []
+
+    def to(self, device):
+        self.places.append(str(device))
+        return self
+
+    def forward(self, pictures):
+        return tiny_features(pictures)
+
+
 @pytest.fixture
 def tiny_extractor():
     from util.extractors import Extractor
 
-    return Extractor("tiny sha256:0", tiny_features, torch.device("cpu"))
+    return Extractor("tiny sha256:0", Tiny(), torch.device("cpu", 0))
 
 
 @pytest.fixture(scope="session")
