@@ -31,7 +31,7 @@ def build(job: CacheJob) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with told_in_one_line():
+    with told_in_one_line(), dist.lost_ranks():
         build(flags.parse_cache(argv))
     dist.shutdown()
 

@@ -142,8 +142,9 @@ def train_one_epoch(training: Training, epoch: int, first: int) -> Due:
             training.report.line(state.step, lr, {"grad_norm": norm} | values | (training.gap() if training.gap else {}))
             check_skips(training, schedule.steps_per_epoch * epoch + i, lr)
         if due.save:
-            training.broken.write()
-            training.save(due, schedule.progress(epoch, i, state.step))
+            with dist.patience(dist.ALONE):  # rank 0 may have to wait for the checkpoint before
+                training.broken.write()
+                training.save(due, schedule.progress(epoch, i, state.step))
         if due.stop:
             break
     return due

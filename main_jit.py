@@ -61,16 +61,16 @@ def train_epochs(job: TrainJob, run: TrainingRun) -> None:
         for epoch in range(progress.epoch, 0 if stopped else epochs):
             first = progress.epoch_step if epoch == progress.epoch else 0
             training.loader.sampler.begin(epoch, first * job.train.accum_iter)
-            with engine.loader_deaths():
+            with engine.loader_deaths(), dist.patience(dist.IN_STEPS):
                 due = engine.train_one_epoch(training, epoch, first)
             stopped = due.stop or (due.evaluate and not evaluate_online(run, job))
             if stopped:
                 finish(run, job)
                 break
         run.writer.close()
-    except UserError:
+    except Exception:  # whatever it is, a checkpoint that is being written is still good
         close_bars()
-        with suppress(UserError):  # a checkpoint that is being written is still good
+        with suppress(UserError):
             run.writer.wait()
         raise
     training.report.bar.close()
@@ -132,12 +132,13 @@ def evaluate(job: EvaluateJob | SweepJob) -> None:
     path, evaluator = saved.path, prepare_evaluation(job, saved)
     step, count, which = evaluator.state.step, job.evaluation.num_images, job.drawing.weights
     say(f"evaluating {path}, step {step}")
-    if isinstance(job, SweepJob):
-        records, best = run_sweep(evaluator, job.sweep, count)
-        records = [*records, best]
-    else:
-        call_out_initial(evaluator.state, which)
-        records = [evaluator(which, job.drawing.sampler, count)]
+    with evaluator.on_device():
+        if isinstance(job, SweepJob):
+            records, best = run_sweep(evaluator, job.sweep, count)
+            records = [*records, best]
+        else:
+            call_out_initial(evaluator.state, which)
+            records = [evaluator(which, job.drawing.sampler, count)]
     board = Board(job.run, {})
     for record in records:
         board.scalars(record.scalars(), step)
@@ -156,7 +157,7 @@ def run(job: Job) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with told_in_one_line():
+    with told_in_one_line(), dist.lost_ranks():
         run(flags.parse(argv))
     dist.shutdown()
 

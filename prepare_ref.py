@@ -36,7 +36,7 @@ def build(job: ReferenceJob) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    with told_in_one_line():
+    with told_in_one_line(), dist.lost_ranks():
         build(flags.parse_reference(argv))
     dist.shutdown()
 

@@ -6,7 +6,7 @@ Right padding with real attention masks keeps a causal LM's states of the real t
 
 import hashlib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -19,6 +19,8 @@ from util import hub
 from util.errors import UserError
 
 PROBE = "猫が窓辺で眠っている写真。A cat, 2匹の犬と富士山。"  # its token ids are the tokenizer's fingerprint
+A_BATCH = 64  # captions encoded together
+MORE_ON_GPU = 8  # times as many, where they are short: a GPU waits for the CPU that starts its kernels
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -56,6 +58,18 @@ def states_of_layer(hidden: Sequence[Tensor], last: Tensor, layer: str) -> Tenso
     if layer == "mean":
         return sum(rms_normalized(states.float()) for states in blocks) / len(blocks)
     return rms_normalized((hidden[-2] if layer == "-2" else blocks[max(len(blocks) // 2 - 1, 0)]).float())
+
+
+def in_batches(lengths: Sequence[int], limit: int, fewest: int, most: int) -> Iterator[list[int]]:
+    """Numbers of captions in batches of like length, the longest first, so that memory fails at once.
+
+    Each is of `most` captions, or of as many as take the room of `fewest` of `limit` tokens, at which they are cut.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        count = max(fewest, min(most, fewest * limit // max(1, lengths[order[0]])))
+        yield order[:count]
+        order = order[count:]
 
 
 class TextEncoder:
@@ -122,19 +136,18 @@ class TextEncoder:
         ids, mask = self.tokenize(captions)
         return self.states(ids, mask), mask.to(self.device).bool()
 
-    def encode_all(self, captions: Sequence[str], batch_size: int = 64) -> dict[str, Tensor]:
-        """Features as they are stored, on the CPU, a function of `captions` alone, in batches of like length.
+    def encode_all(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Features as they are stored, on the CPU, a function of `captions` alone, to the bit on one kind of device.
 
         Returns: `features`, float16, pooled (N, width), or those of all valid tokens in a row, (tokens, width), with their
         `offsets` (N + 1,); `lengths` (N,), tokens before the cut; `unknown` (N,), whether a character is unknown to the tokenizer.
         Raises: UserError naming a caption whose features are not finite, or too large for float16.
         """
         lengths = torch.tensor([len(ids) for ids in self.token_ids(captions)], dtype=torch.long)
-        order = lengths.argsort(descending=True, stable=True).tolist()  # the longest first: memory fails at once
+        most = A_BATCH * (MORE_ON_GPU if self.device.type == "cuda" else 1)
         rows: list[Tensor] = [torch.empty(0)] * len(captions)
         unknown = torch.zeros(len(captions), dtype=torch.bool)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in in_batches(lengths.tolist(), self.config.max_text_len, A_BATCH, most):
             ids, mask = self.tokenize([captions[i] for i in chosen])
             if self.tokenizer.unk_token_id is not None:
                 unknown[chosen] = ((ids == self.tokenizer.unk_token_id) & (mask == 1)).any(1)

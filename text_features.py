@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ SAMPLE = 4096  # captions that --text_cache off measures lengths and statistics 
 MUCH_TEXT = 65536  # captions whose tokens the statistics are taken of
 MUCH_CUT = 0.05  # share of captions cut at --max_text_len that is called out
 MUCH_DISK = 0.5  # share of the free disk that a store may take in silence
-PATIENCE = 300  # seconds for a model's description; a minute hashes a 13b's files
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,42 +170,12 @@ def statistics_of(features: FeatureRows, rows: np.ndarray, source: TextSource, s
     return {"mean": norm.mean, "std": norm.std}
 
 
-def describe(config: TextConfig) -> dict[str, Any]:
-    return LanguageModel(config).describe()
-
-
-def in_child(function: Callable[[Any], Any], argument: Any) -> Any:
-    """function(argument), worked out in a forked process that ends with it, so that what it imports takes no memory here."""
-    context = get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def work() -> None:
-        try:
-            sender.send(function(argument))
-        except UserError as error:
-            sender.send(error)
-
-    process = context.Process(target=work, daemon=True)
-    process.start()
-    sender.close()
-    if not receiver.poll(PATIENCE):
-        process.kill()
-    try:
-        answer = receiver.recv()
-    except EOFError:  # it died, or hangs on a lock that a thread held when it was forked; what is really wrong will show here
-        answer = function(argument)
-    process.join()
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
-
-
 class PinnedModel:
     """The LLM of a run: its description at once, on all ranks alike, the model itself where features are missing.  Collective to make."""
 
     def __init__(self, config: TextConfig, saved: Mapping[str, Any], manifest: Mapping[str, Any], device: torch.device):
         self.config, self.device = pinned(config, saved, manifest, device), device
-        self.description = dist.from_main(in_child(describe, self.config) if dist.is_main() else None)
+        self.description = dist.from_main(LanguageModel(self.config).describe() if dist.is_main() else None)
         check_saved(saved, self.description)
 
     def load(self) -> TextEncoder:

@@ -112,6 +112,7 @@ def bench_equality(args: argparse.Namespace, weights: Path) -> None:
             {"random": noise, "digits": real[i][1], "more_digits": real[200 + i][1]}[name].save(folder / f"{i:03d}.png")
     extractor = extractors.load_fidelity(extractors.INCEPTION, str(weights), torch.device(args.device))
     found = {}
+    extractor.network.to(args.device)
     for name, folder in folders.items():
         moments, logits = metrics.Moments(), metrics.NumberedRows()
         for start in range(0, 200, 48):

@@ -6,6 +6,7 @@ Picture i follows from the seed, i and its condition alone.
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from resume import Weights
 from sampling import Painter, save_pictures
 from util import distributed as dist
 from util.checkpoint import digest
+from util.extractors import on_device
 from util.logging import say
 
 MUCH_INITIAL = 0.05  # share of initial weights in an average that is called out
@@ -91,6 +93,10 @@ class Evaluator:
     save_images: bool = False
     hashes: dict[tuple[str, int], str] = field(default_factory=dict)  # of weights at a step, once for all settings of a sweep
 
+    def on_device(self) -> AbstractContextManager[None]:
+        """All that is measured, is measured inside."""
+        return on_device([measure.extractor for measure in self.measures])
+
     def __call__(self, weights: str, sampler: SamplerConfig, count: int) -> Record:
         """Draw and measure.  Collective."""
         return self.measure(self.point(weights, sampler, count))
@@ -101,8 +107,6 @@ class Evaluator:
         folder = pictures_folder(path) if self.save_images else None
         with self.state.drawing(point.weights):
             figures, seconds = evaluate(replace(self.painter, sampler=point.sampler), self.y_of, subjects, self.measures, folder)
-        if self.painter.device.type == "cuda":
-            torch.cuda.empty_cache()  # training goes on with tensors of other sizes
         record = Record(figures, point.setting, self._made(subjects, seconds))
         if dist.is_main():
             write_record(path, record)

@@ -38,6 +38,8 @@ class Subjects:
 
 
 class Measure(Protocol):
+    extractor: Extractor | Clip  # what it sees pictures through; on its device while it measures
+
     def begin(self, subjects: Subjects) -> None:
         """Collective."""
 
@@ -121,7 +123,7 @@ class Alignment:
     """
 
     def __init__(self, clip: Clip, seed: int):
-        self.clip, self.seed = clip, seed
+        self.extractor, self.seed = clip, seed
         self.known: tuple[str, Tensor] = ("", torch.empty(0))  # digest of the captions, and their features
 
     def begin(self, subjects: Subjects) -> None:
@@ -137,12 +139,12 @@ class Alignment:
     def _features(self, texts: list[str]) -> Tensor:
         size = -(-len(texts) // dist.world_size())
         share = texts[dist.rank() * size : (dist.rank() + 1) * size]
-        return dist.gather_rows(self.clip.of_captions(share or texts[:1])[: len(share)])
+        return dist.gather_rows(self.extractor.of_captions(share or texts[:1])[: len(share)])
 
     def add(self, numbers: list[int], pictures: Tensor) -> None:
         features = self.known[1]
         chosen = (self.own[numbers][:, None] + torch.arange(self.others + 1)) % len(features)  # (B, 1 + others), the own one first
-        cosine = (features[chosen] @ self.clip.of_pictures(pictures)[:, :, None])[..., 0].double()
+        cosine = (features[chosen] @ self.extractor.of_pictures(pictures)[:, :, None])[..., 0].double()
         own, others = cosine[:, 0], cosine[:, 1:]
         self.sums += torch.stack([torch.tensor(float(len(numbers))), own.sum(), (own[:, None] > others).all(1).sum()])
 
@@ -151,7 +153,7 @@ class Alignment:
         return {"clip_score": 100 * cosine / count, "r_precision": nearest / count}
 
     def facts(self, subjects: Subjects) -> dict[str, Any]:
-        return {"clip_score": {"clip_model": self.clip.identity, "scale": "100 x cosine", "captions_besides_the_own": self._others(subjects)}}
+        return {"clip_score": {"clip_model": self.extractor.identity, "scale": "100 x cosine", "captions_besides_the_own": self._others(subjects)}}
 
     @staticmethod
     def _others(subjects: Subjects) -> int:

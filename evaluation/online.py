@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import sampling
@@ -30,9 +31,12 @@ class OnlineEvaluation:
         """Leaves weights, optimizer and random states as they are.  Collective."""
         if self.evaluator:
             call_out_initial(state, self.weights)
-            board.scalars(self.evaluator(self.weights, self.painter.sampler, self.count).scalars(), state.step)
+            with self.evaluator.on_device():
+                record = self.evaluator(self.weights, self.painter.sampler, self.count)
+            board.scalars(record.scalars(), state.step)
         with state.drawing(self.weights):
             board.image("test_prompts", sampling.draw_sheet(self.painter, self.y, self.prompts), state.step)
+        torch.cuda.empty_cache()  # training goes on with tensors of other sizes
         if dist.is_main():
             with suppress(OSError):  # on a full disk it may be made twice
                 (self.folder / EVALUATED).write_text(str(state.step))

@@ -13,7 +13,7 @@ from datasets.stream import PictureDataset
 from util import broken, metrics, reference
 from util import distributed as dist
 from util.errors import UserError
-from util.extractors import AT_A_TIME, Extractor
+from util.extractors import AT_A_TIME, Extractor, on_device
 from util.files import beside, writable_folder
 from util.logging import progress, say
 from util.stopping import in_worker
@@ -96,8 +96,9 @@ def make_reference(dataset: PictureDataset, root: str, extractor: Extractor, pat
         writable_folder(path.parent, "reference statistics:")
     say(f"reference statistics of {len(dataset)} pictures, made once, kept in {path}")
     moments = metrics.Moments()
-    for _, pictures in read_pictures(dataset, range(len(dataset)), num_workers):
-        moments.add(extractor(pictures)[0])
+    with on_device([extractor]):
+        for _, pictures in read_pictures(dataset, range(len(dataset)), num_workers):
+            moments.add(extractor(pictures)[0])
     values, count = moments.statistics()
     if broken.too_many(len(dataset) - count, len(dataset)):
         raise UserError(f"{len(dataset) - count} of {len(dataset)} pictures below {root} cannot be read, over 1 %: no reference statistics are made")

@@ -163,8 +163,8 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def in_ranks(world: int, action) -> None:
-    """Run `action` in forked processes that are a gloo group, and wait for them."""
+def start_ranks(world: int, action) -> list[int]:
+    """Run `action` in forked processes that are a gloo group.  Returns: their numbers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -178,7 +178,12 @@ def in_ranks(world: int, action) -> None:
 
         return run
 
-    assert [ended(pid) for pid in [child(rank(number)) for number in range(world)]] == [0] * world
+    return [child(rank(number)) for number in range(world)]
+
+
+def in_ranks(world: int, action) -> None:
+    """Run `action` in forked processes that are a gloo group, and wait for them."""
+    assert [ended(pid) for pid in start_ranks(world, action)] == [0] * world
 
 
 def tiny_features(pictures: torch.Tensor) -> list[torch.Tensor]:
@@ -189,11 +194,26 @@ def tiny_features(pictures: torch.Tensor) -> list[torch.Tensor]:
     return [features, features @ head]
 
 
+class Tiny(torch.nn.Module):
+    """They, as a network that remembers where it was brought to."""
+
+    def __init__(self):
+        super().__init__()
+        self.places: list[str] = []
+
+    def to(self, device):
+        self.places.append(str(device))
+        return self
+
+    def forward(self, pictures):
+        return tiny_features(pictures)
+
+
 @pytest.fixture
 def tiny_extractor():
     from util.extractors import Extractor
 
-    return Extractor("tiny sha256:0", tiny_features, torch.device("cpu"))
+    return Extractor("tiny sha256:0", Tiny(), torch.device("cpu", 0))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from test_training import flags, run, scalars
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+import engine_jit
 import flags as command_line
 import prepare_ref
 from config import Data, DiffusionConfig, Eval, SamplerConfig
@@ -293,7 +295,7 @@ def test_the_datas_own_statistics_are_kept_and_made_anew_when_the_data_changes(t
     (text_data / "captions" / "7.txt").rename(text_data / "captions" / "70.txt")
     assert get().facts["data"] != first.facts["data"]
     assert get(size=8).facts["img_size"] == 8
-    assert get(extractors.Extractor("other", tiny_features, CPU)).facts["extractor"] == "other"
+    assert get(replace(tiny_extractor, identity="other")).facts["extractor"] == "other"
     path.write_bytes(b"cut")
     assert get().facts["n"] == 8
     np.savez(path, mu=np.zeros(16), sigma=np.eye(16))
@@ -599,6 +601,7 @@ def test_a_sweep_tabulates_plots_chooses_the_best_and_goes_on_where_it_stopped(c
     with pytest.raises(UserError, match="holds no checkpoint yet"):
         run(*sweep, "--cfg", "1,2", "--resume", str(tmp_path / "new"), "--output_dir", str(tmp_path / "new"))
     assert list((out / "eval").glob(f"{best}*.json")) and "FID-24" in printed.split("table and plot")[1]
+    assert tiny_extractor.network.places == ["cpu:0", "cpu"] * 3  # for the statistics, and once a sweep
 
 
 def test_two_ranks_sweep_and_evaluate_as_one_process_does(text_data, llm_folder, clip_folder, tiny_extractor, tmp_path, monkeypatch):
@@ -705,6 +708,27 @@ def test_evaluation_leaves_weights_optimizer_and_random_states_bit_identical(tex
     assert len(scalars(tmp_path / "out", "FID-16/16px_ema1_cfg2_0-1_heun2")) == 2
     for tag in ("train_loss", "lr", "grad_norm", "images_per_second", "text_gap/grad_norm"):
         assert scalars(tmp_path / "out", tag), tag
+
+
+def test_networks_are_on_the_device_while_they_measure_and_in_host_memory_while_training(
+    text_data, llm_folder, clip_folder, tiny_extractor, tmp_path, monkeypatch
+):
+    inception, clip, training, measuring = tiny_extractor.network.places, [], [], []
+    load_clip, take_step = extractors.load_clip, engine_jit.take_step
+
+    def watched(*args):
+        found = load_clip(*args)
+        found.network.to = lambda place: clip.append(place if place == "cpu" else "device")
+        return found
+
+    monkeypatch.setattr(extractors, "load_fidelity", lambda *_: tiny_extractor)
+    monkeypatch.setattr(extractors, "load_clip", watched)
+    monkeypatch.setattr(engine_jit, "take_step", lambda *args: training.append((inception[-1], *clip[-1:])) or take_step(*args))
+    monkeypatch.setattr(type(tiny_extractor.network), "forward", lambda _, pictures: measuring.append(inception[-1]) or tiny_features(pictures))
+    online = ["--online_eval", "--eval_freq", 1, "--num_images", 4, "--clip_model", clip_folder()]
+    run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 2, *online))
+    assert training == [("cpu",)] * 2 + [("cpu", "cpu")] * 2 and set(measuring) == {"cpu:0"}
+    assert inception == ["cpu:0", "cpu"] * 3 and clip == ["device", "cpu"] * 2  # the statistics, then an evaluation an epoch
 
 
 def test_the_decay_that_a_record_names_is_the_checkpoints(text_data, llm_folder, tiny_extractor, tmp_path, monkeypatch):

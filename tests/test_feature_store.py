@@ -390,11 +390,3 @@ def test_two_ranks_build_the_store_that_one_process_builds(llm_folder, tmp_path,
     assert "complete, 3017 texts" in capfd.readouterr().out
     build(tmp_path / "one")
     assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(contents(tmp_path / "one")) == 1 + 3
-
-
-def test_a_child_that_hangs_or_dies_is_replaced_by_this_process(monkeypatch):
-    here = os.getpid()
-    monkeypatch.setattr(text_features, "PATIENCE", 0.2)
-    assert text_features.in_child(lambda n: time.sleep(60) if os.getpid() != here else n + 1, 1) == 2
-    assert text_features.in_child(lambda n: os._exit(3) if os.getpid() != here else n + 1, 1) == 2
-    assert text_features.in_child(lambda n: (os.getpid() != here, n), 1) == (True, 1)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import CAPTIONS, ROOT, byte_tokenizer, load_encoder
 
+import text_encoder
 from config import LAYERS, TextConfig
 from demo.tiny_llm import SPECIAL, train_tokenizer
 from text_encoder import LanguageModel, TextEncoder, normalize
@@ -174,12 +175,24 @@ def test_features_that_are_not_finite_or_too_large_name_their_caption(llm_folder
             encoder.encode_all(CAPTIONS[:1])
 
 
-def test_what_is_stored_are_the_features_in_float16_with_lengths_before_the_cut(llm_folder):
+def test_what_is_stored_are_the_features_in_float16_with_lengths_before_the_cut(llm_folder, monkeypatch):
     encoder = load_encoder(llm_folder(), max_text_len=6)
-    arrays = encoder.encode_all(CAPTIONS, batch_size=4)
+    monkeypatch.setattr(text_encoder, "A_BATCH", 4)
+    arrays = encoder.encode_all(CAPTIONS)
     torch.testing.assert_close(arrays["features"].float(), encoder.encode(CAPTIONS), rtol=1e-3, atol=1e-3)
     lengths = [len(encoder.tokenizer(normalize(caption))["input_ids"]) for caption in CAPTIONS]
     assert arrays["features"].dtype == torch.float16 and arrays["lengths"].tolist() == lengths and max(lengths) > 6 > min(lengths)
+
+
+def test_batches_hold_more_captions_the_shorter_they_are_and_never_more_tokens_than_the_longest_would():
+    lengths = [3, 900, 12, *[40] * 200, 77, 5, *[9] * 1000, 0]
+    for most in (64, 512):
+        batches = list(text_encoder.in_batches(lengths, 77, 64, most))
+        assert sorted(sum(batches, [])) == list(range(len(lengths))) and batches[0][0] == 1
+        assert all(len(batch) * min(77, lengths[batch[0]]) <= 64 * 77 and len(batch) <= most for batch in batches)
+        assert [len(batch) for batch in batches][:-1] == ([64] * 18 if most == 64 else [64, 123, 123, 512])
+        ordered = [lengths[i] for i in sum(batches, [])]
+        assert ordered == sorted(lengths, reverse=True)
 
 
 def test_token_features_are_those_of_the_valid_tokens_and_their_mean_is_the_pooled_one(llm_folder):

@@ -4,32 +4,109 @@ Functions marked "Collective" must be called by every rank, so never under `if i
 """
 
 import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from util.errors import UserError
+from util.errors import UserError, leave, one_line
+
+ALONE = timedelta(hours=1)  # that the others wait while one rank encodes, scans, measures or writes
+IN_STEPS = timedelta(minutes=10)  # that they wait for each other while they train
+TOLD_FIRST = timedelta(seconds=90)  # by which gloo, which says it in a line of ours, is ahead of NCCL, which ends the process in pages
+GIVEN_UP = ("/gloo/", "Application timeout caused pair closure")  # in what gloo says of a wait: its source file, or of all that waited beside one
+GRACE = 30  # seconds in which the main thread may still write a checkpoint, and end the process itself
 
 
 def init(device: str) -> torch.device:
     """Join torchrun's group, if there is one, and pick this rank's device.  Collective.
 
-    Args: device: "cuda", "cpu" or "auto" (a GPU where there is one).  Raises: UserError for a GPU that is not there.
+    NCCL connects at once, so what is wrong with it shows before hours of encoding.
+    Args: device: "cuda", "cpu" or "auto" (a GPU where there is one).  Raises: UserError for a GPU that is not there, or that is another rank's.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    if device == "cuda":
-        if local_rank >= gpus:
-            raise UserError(f"--device cuda: process {local_rank + 1} of this node has no GPU ({gpus} found); try --device cpu or a smaller --nproc_per_node")
-        torch.cuda.set_device(local_rank)
+    place = torch.device("cuda", gpu_of(local_rank(), gpus)) if device == "cuda" or (device == "auto" and gpus) else None
+    if place:
+        torch.cuda.set_device(place)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
-    return torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+        store, number, count = next(dist.rendezvous("env://", timeout=ALONE))
+        store.set_timeout(ALONE)
+        if place:
+            claim(place, store, number)
+        backend = "cpu:gloo,cuda:nccl" if place else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=ALONE, device_id=place)
+    return place or torch.device("cpu")
+
+
+def gpu_of(number: int, gpus: int) -> int:
+    """The GPU of process `number` of this node, where it sees so many; Slurm may show each process its own alone.  Raises: UserError where there is none."""
+    if gpus == 1:
+        return 0
+    if number >= gpus:
+        raise UserError(f"--device cuda: process {number + 1} of this node has no GPU ({gpus} found); try --device cpu or a smaller --nproc_per_node")
+    return number
+
+
+def claim(gpu: torch.device, store: dist.Store, number: int) -> None:
+    """Raises: UserError where another rank has it already: two that see one GPU each may see the same."""
+    uuid = torch.cuda.get_device_properties(gpu).uuid
+    owner = int(store.compare_set(f"owner of GPU {uuid}", "", str(number)))
+    if owner != number:
+        raise UserError(
+            f"--device cuda: ranks {owner} and {number} see the same one GPU ({uuid}); show each its own (Slurm: --gpus-per-task=1), "
+            "or try --device cpu or a smaller --nproc_per_node"
+        )
+
+
+@contextmanager
+def patience(limit: timedelta) -> Iterator[None]:
+    """Inside, ranks wait so long for each other, then a collective fails.  Collective at both ends; no rank falls under a limit that others do not know of."""
+    if not dist.is_initialized():
+        yield
+        return
+    before = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    wait_at_most(limit)
+    yield
+    wait_at_most(before)
+
+
+def wait_at_most(limit: timedelta) -> None:
+    """From now on.  Collective."""
+    barrier()
+    dist.group.WORLD.set_timeout(limit + TOLD_FIRST)
+    dist.group.WORLD._get_backend(torch.device("cpu")).set_timeout(limit)
+
+
+def lost(error: RuntimeError) -> str:
+    """What to say of a wait that gloo gave up."""
+    said = re.sub(r"^\[\S*\] ", "", one_line(error))  # its source file
+    return f"rank {rank()} of {world_size()} has lost the others: one of them died, or hangs; it may have said why ({said})"
+
+
+@contextmanager
+def lost_ranks() -> Iterator[None]:
+    """Raises: UserError where another rank died or was waited for in vain."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in GIVEN_UP):
+            raise
+        raise UserError(lost(error)) from error
+
+
+def leave_if_hung(work: torch.futures.Future) -> None:
+    """Called by gloo's thread when an exchange has ended: the main thread may be waiting for a GPU that waits for the other ranks, and never say it."""
+    try:
+        work.value()
+    except RuntimeError as error:
+        if "imed out" in str(error):
+            time.sleep(GRACE)
+            leave(f"error: {lost(error)}", 1)
 
 
 def shutdown() -> None:
@@ -81,6 +158,7 @@ class Exchange:
         before = self.votes.item() > 0
         self.votes = torch.tensor([float(mine)])
         self.work = dist.all_reduce(self.votes, async_op=True)
+        self.work.get_future().add_done_callback(leave_if_hung)
         return before
 
 

@@ -3,7 +3,8 @@
 import os
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,12 @@ class Extractor:
     """uint8 pictures (B, 3, H, W) -> float32 features on the CPU, one (B, width) for each layer asked for."""
 
     identity: str  # the network, and what its weights are
-    compute: Callable[[Tensor], Sequence[Tensor]]
-    device: torch.device
+    network: nn.Module  # pictures -> layers
+    device: torch.device  # where it computes
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> list[Tensor]:
-        parts = [[layer.float().cpu() for layer in self.compute(part.to(self.device))] for part in pictures.split(AT_A_TIME)]
+        parts = [[layer.float().cpu() for layer in self.network(part.to(self.device))] for part in pictures.split(AT_A_TIME)]
         return [torch.cat(layer) for layer in zip(*parts)]
 
 
@@ -122,7 +123,7 @@ def load_fidelity(network: FidelityNetwork, given: str | None, device: torch.dev
     if not digest.startswith(network.hash_prefix):
         say(f"warning: {path} is not the published file of {network.name} (SHA-256 {digest[:8]}..., wanted {network.hash_prefix}...); "
             f"{network.used_for} compare with nothing measured elsewhere")  # fmt: skip
-    return Extractor(f"{network.name} sha256:{digest}", module.to(device), device)
+    return Extractor(f"{network.name} sha256:{digest}", module, device)
 
 
 def load_model(flag: str, name: str, example: str) -> tuple[nn.Module, str]:
@@ -142,30 +143,34 @@ def load_model(flag: str, name: str, example: str) -> tuple[nn.Module, str]:
     return model.eval().requires_grad_(False), f"{model.config.model_type} {called} {hub.revision_of(name)}"
 
 
-def load_dinov2(name: str, device: torch.device) -> Extractor:
-    """The class token of DINOv2, pictures brought to 224 pixels as in arXiv:2312.02696 (EDM2): bicubic with antialiasing.
+class ClassToken(nn.Module):
+    """That of a DINOv2, pictures brought to 224 pixels as in arXiv:2312.02696 (EDM2): bicubic with antialiasing."""
 
-    Raises: UserError where it cannot be had.
-    """
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor]:
+        resized = F.interpolate(pictures.float(), (224, 224), mode="bicubic", antialias=True)
+        return (self.model((resized / 255 - self.mean) / self.std).last_hidden_state[:, 0],)
+
+
+def load_dinov2(name: str, device: torch.device) -> Extractor:
+    """Raises: UserError where it cannot be had."""
     with hub.in_one_line("--fd_dinov2", name):
         model, identity = load_model("--fd_dinov2", name, "facebook/dinov2-large")
     if not model.config.model_type.startswith("dinov2"):
         raise UserError(f"--fd_dinov2 {name} is a {model.config.model_type}; wanted a DINOv2 such as facebook/dinov2-large")
-    model.to(device)
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
-    def compute(pictures: Tensor) -> tuple[Tensor]:
-        resized = F.interpolate(pictures.float(), (224, 224), mode="bicubic", antialias=True)
-        return (model((resized / 255 - mean) / std).last_hidden_state[:, 0],)
-
-    return Extractor(identity, compute, device)
+    return Extractor(identity, ClassToken(model), device)
 
 
 class Clip:
     """A CLIP or SigLIP: features of pictures and of captions, each of length 1, so that their product is the cosine."""
 
     def __init__(self, model: nn.Module, processor, identity: str, device: torch.device):
-        self.model, self.processor, self.identity, self.device = model.to(device), processor, identity, device
+        self.network, self.processor, self.identity, self.device = model, processor, identity, device
         self.longest = model.config.get_text_config().max_position_embeddings
 
     @staticmethod
@@ -179,7 +184,7 @@ class Clip:
         for start in range(0, len(captions), AT_A_TIME):
             texts = list(captions[start : start + AT_A_TIME])
             tokens = self.processor(text=texts, padding="max_length", truncation=True, max_length=self.longest, return_tensors="pt")
-            parts.append(self._unit(self.model.get_text_features(**tokens.to(self.device))))
+            parts.append(self._unit(self.network.get_text_features(**tokens.to(self.device))))
         return torch.cat(parts)
 
     @torch.inference_mode()
@@ -188,7 +193,7 @@ class Clip:
         parts = []
         for part in pictures.split(AT_A_TIME):
             pixels = self.processor(images=list(part), return_tensors="pt")["pixel_values"]
-            parts.append(self._unit(self.model.get_image_features(pixel_values=pixels.to(self.device))))
+            parts.append(self._unit(self.network.get_image_features(pixel_values=pixels.to(self.device))))
         return torch.cat(parts)
 
 
@@ -203,10 +208,23 @@ def load_clip(name: str, device: torch.device) -> Clip | None:
             raise UserError(f"--clip_model {name} is a {model.config.model_type}; wanted a CLIP or SigLIP")
         with hub.in_one_line("--clip_model", name, but=OSError):
             clip = Clip(model, AutoProcessor.from_pretrained(name, trust_remote_code=False), identity, device)
-            clip.of_captions([""]) @ clip.of_pictures(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).T  # does all that it will have to
+            with on_device([clip]):  # does all that it will have to
+                clip.of_captions([""]) @ clip.of_pictures(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).T
     except OSError as error:
         problem = one_line(error)
     if problems := [found for found in dist.gather_objects(problem) if found]:
         say(f"CLIP score and R-precision are left out: --clip_model {name} cannot be had ({problems[0]})")
         return None
     return clip
+
+
+@contextmanager
+def on_device(used: Sequence[Extractor | Clip]) -> Iterator[None]:
+    """Inside, their networks are where they compute; outside they are in host memory, and take none from training."""
+    for one in used:
+        one.network.to(one.device)
+    try:
+        yield
+    finally:
+        for one in used:
+            one.network.to("cpu")
