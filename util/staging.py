@@ -20,6 +20,7 @@ class Staging:
 
     def __init__(self):
         self.memory: mmap.mmap | None = None  # shared, so that a fork copies no page of it
+        self.locked = False
         self.stream: torch.cuda.Stream | None = None
         self.source: Any = None  # what is being copied, lest its memory is given away before
 
@@ -48,11 +49,10 @@ class Staging:
     def _reserve(self, size: int, device: torch.device | None) -> None:
         if self.memory and len(self.memory) == size:
             return
-        if self.memory and device:
+        if self.locked:
             torch.cuda.cudart().cudaHostUnregister(address(self.memory))
         self.memory = mmap.mmap(-1, size)
-        if device:
-            lock_pages(self.memory, device)
+        self.locked = device is not None and lock_pages(self.memory, device)
 
     def _place(self, tensor: Tensor, offset: int) -> Tensor:
         """Room for a tensor, with its strides."""
@@ -83,9 +83,10 @@ def address(memory: mmap.mmap) -> int:
     return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
 
 
-def lock_pages(memory: mmap.mmap, device: torch.device) -> None:
-    """So that a GPU can write into it by itself. torch's own page-locked memory is rounded up to a power of two."""
+def lock_pages(memory: mmap.mmap, device: torch.device) -> bool:
+    """So that a GPU can write into it by itself. torch's own page-locked memory is rounded up to a power of two.  Returns: whether it could be done."""
     if error := int(torch.cuda.cudart().cudaHostRegister(address(memory), len(memory), PORTABLE)):
         say(f"warning: {len(memory) / 1e9:.1f} GB of host memory could not be page-locked (CUDA error {error}); training waits longer for each checkpoint")
         with suppress(RuntimeError):
             torch.zeros(1, device=device)  # CUDA tells the next kernel of the error, so here it is one that nobody needs
+    return not error
