@@ -14,7 +14,7 @@ from config import Train
 from datasets.stream import Batch
 from datasets.transforms import to_model_range
 from denoiser import Net, Objective, sample_time
-from resume import TrainState
+from resume import Saver, TrainState
 from util import distributed as dist
 from util.broken import Broken
 from util.errors import UserError, one_line
@@ -22,7 +22,7 @@ from util.lr_sched import lr_at
 from util.parallel import Parallel, to_device
 from util.randomness import derive, normal
 from util.report import Report
-from util.schedule import Due, Progress, Schedule
+from util.schedule import Due, Schedule
 from util.skips import MOST_SKIPS, Skips
 from util.stopping import Stop
 from util.text import Y
@@ -59,7 +59,7 @@ class Training:
     skips: Skips
     broken: Broken
     stop: Stop
-    save: Callable[[Due, Progress], None]
+    save: Saver
     gap: Callable[[], dict[str, Tensor]] | None  # evaluation.text_gap, for text models
     seed: int
     device: torch.device
@@ -136,6 +136,7 @@ def train_one_epoch(training: Training, epoch: int, first: int) -> Due:
         values = (
             {"text_gap/grad_norm": grad_norm_of(state.net.y_embedder)} if due.log and training.gap and not training.config.lora_rank else {}
         )  # before clipping
+        training.save.settle()  # the last checkpoint may still be on its way from the GPU
         norm = take_step(state, training.config.grad_clip, training.skips)
         training.report.add(loss)
         if due.log:

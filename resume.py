@@ -478,7 +478,7 @@ def restore(saved: Saved, state: TrainState, steps_per_epoch: int) -> Progress:
 
 @dataclass
 class Saver:
-    """Writes checkpoints of a run: saver(due, position).  Rank 0 copies the state and goes on; the others do not wait."""
+    """Writes checkpoints of a run: saver(due, position), then `settle` before the next step.  Rank 0 copies the state and goes on; the others do not wait."""
 
     writer: checkpoint.Writer
     state: TrainState
@@ -493,3 +493,7 @@ class Saver:
         progress, folder = replace(progress, skips=self.skips.kept(), evaluation_due=due.evaluate), Path(self.job.run.output_dir)
         numbered = folder / f"checkpoint-{progress.epoch - 1}.pth" if due.numbered else None
         self.writer.write(content(self.state, progress, self.world, self.job, self.text), folder / checkpoint.LAST, numbered)
+
+    def settle(self) -> None:
+        """Before a step changes the weights."""
+        self.writer.settle()

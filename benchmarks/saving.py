@@ -1,11 +1,13 @@
 """How long a checkpoint holds training up: `python -m benchmarks.saving --out DIR [--model JiT-B/16] [--device cuda]`.
 
 The whole state (weights, two averages, AdamW's moments) goes through checkpoint.Writer as in training: `write` returns when it is copied to
-host memory, the file is written behind it. For comparison the same state written in the foreground.
+host memory, or from a GPU as soon as that is asked for; the file is written behind it, while the main thread does small operations. For comparison
+the same operations alone, and the same state written in the foreground.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +28,17 @@ def whole_state(model: str, img_size: int, device: torch.device) -> dict:
     return {"model": checkpoint.with_prefix(net.state_dict()), **averages, "optimizer": checkpoint.optimizer_state(optimizer, net), "step": 1}
 
 
+def operations(busy: Callable[[], bool]) -> str:
+    """How many small ones a second the main thread does meanwhile, and the longest time from one to the next."""
+    value, count, longest = torch.zeros(8), 0, 0.0
+    start = last = time.perf_counter()
+    while busy():
+        value.add_(1)
+        now = time.perf_counter()
+        count, longest, last = count + 1, max(longest, now - last), now
+    return f"{count / (last - start) / 1e3:.0f}k | {longest * 1e3:.0f} ms"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -36,17 +49,20 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     state, path, writer = whole_state(args.model, args.img_size, torch.device(args.device)), args.out / checkpoint.LAST, checkpoint.Writer()
-    print("| | training waits | until it is on disk |\n|---|---|---|")
+    print("| | training waits | until it is on disk | operations/s | longest gap |\n|---|---|---|---|---|")
     for _ in range(args.rounds):
+        end = time.perf_counter() + 3
+        print(f"| nothing is written | | | {operations(lambda end=end: time.perf_counter() < end)} |")
         start = time.perf_counter()
         writer.write(state, path)
         copied = time.perf_counter() - start
+        meanwhile = operations(writer.thread.is_alive)
         writer.wait()
-        print(f"| in the background | {copied:.2f} s | {time.perf_counter() - start:.2f} s |", flush=True)
+        print(f"| in the background | {copied:.2f} s | {time.perf_counter() - start:.2f} s | {meanwhile} |", flush=True)
         start = time.perf_counter()
         checkpoint.save(path, state)
         seconds = time.perf_counter() - start
-        print(f"| in the foreground | {seconds:.2f} s | {seconds:.2f} s |", flush=True)
+        print(f"| in the foreground | {seconds:.2f} s | {seconds:.2f} s | | |", flush=True)
     print(f"{path.stat().st_size / 1e9:.2f} GB")
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from util import distributed as dist
 from util.errors import UserError
 from util.files import Lock
 from util.report import Report
+from util.staging import Staging
 from util.stopping import Stop
 
 
@@ -130,6 +132,18 @@ def test_numbered_checkpoints_are_kept_as_many_as_asked_for(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1000.pth", "checkpoint-300.pth", "checkpoint-last.pth"]
     assert [checkpoint.load(tmp_path / f"checkpoint-{name}.pth")["model"]["a"][0].item() for name in (300, 1000, "last")] == [300, 1000, 1000]
     assert checkpoint.find(str(tmp_path / "checkpoint-300.pth"), "x") == tmp_path / "checkpoint-300.pth"
+
+
+def test_no_step_changes_the_weights_before_the_copy_of_the_last_checkpoint_is_settled(text_data, llm_folder, tmp_path, monkeypatch):
+    events = []
+
+    def noted(cls, name):
+        call = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda *args, **kwargs: events.append(name) or call(*args, **kwargs))
+
+    noted(Staging, "copy"), noted(Staging, "settle"), noted(torch.optim.AdamW, "step")
+    run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--epochs", 1, "--save_freq_steps", 2))
+    assert events == ["settle", "step", "settle", "step", "copy"] * 2
 
 
 # --- kills and signals
@@ -506,7 +520,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing(text_data, llm_fold
     argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--save_freq_steps", 1, "--epochs", 1, *clip)
     states = []
     save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda path, state: states.append(state) or save(path, state))
+    monkeypatch.setattr(checkpoint, "save", lambda path, state: states.append(deepcopy(state)) or save(path, state))
     poisoned(monkeypatch, {1, 2}, kind=float("inf"))
     run(*argv)
     before, _, after, last = states

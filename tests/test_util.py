@@ -15,6 +15,9 @@ from util.ema import Ema
 from util.errors import UserError
 from util.lr_sched import lr_at
 from util.sheet import captioned_sheet, japanese_font, save_sheet, wrap
+from util.staging import Staging
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def set_all(net: nn.Module, value: float) -> nn.Module:
@@ -75,6 +78,68 @@ def test_checkpoint_is_whole_or_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="space"):
         checkpoint.save(path, {"model": {}, "step": 2})
     assert checkpoint.load(path)["step"] == 1
+
+
+def awkward(device: str) -> dict:
+    """Tensors of every kind among plain data."""
+    whole, generator = torch.arange(24, dtype=torch.float64, device=device).view(4, 6), torch.Generator().manual_seed(0)
+    kinds = {str(kind): torch.randint(0, 2, (3, 5), generator=generator).to(device, kind) for kind in (torch.bfloat16, torch.int64, torch.bool, torch.uint8)}
+    shared = {"whole": whole, "row": whole[1], "column": whole[:, 1], "again": whole}
+    strided = {
+        "transposed": whole.T,
+        "steps": whole[::2, ::3],
+        "same": whole[:1].expand(3, 6),
+        "channels": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    }
+    small = {"empty": torch.empty(0, 3, device=device), "scalar": torch.tensor(3.5, device=device), "param": nn.Parameter(torch.ones(7, device=device))}
+    return {"model": kinds | small, "nested": [{"a": [shared, 1, None]}, "word", (1, 2.5)], "strided": strided, "step": 3, "nothing": {}, "none": []}
+
+
+def tensors_in(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [tensor for item in items for tensor in tensors_in(item)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_written_state_is_the_state_as_it_was_whatever_its_tensors_are(device, tmp_path):
+    state, path = awkward(device), tmp_path / checkpoint.LAST
+    expected = [tensor.detach().to("cpu", copy=True) for tensor in tensors_in(state)]
+    writer = checkpoint.Writer()
+    writer.write(state, path)
+    writer.settle()
+    with torch.no_grad():
+        for tensor in tensors_in({key: value for key, value in state.items() if key != "strided"}):
+            tensor.zero_()
+    writer.wait()
+    loaded = torch.load(path, weights_only=True, mmap=True)
+    found = tensors_in(loaded)
+    assert [(t.dtype, t.shape, t.stride()) for t in found] == [(t.dtype, t.shape, t.stride()) for t in expected]
+    assert all(map(torch.equal, found, expected)) and not any(tensor.requires_grad for tensor in found)
+    assert loaded["nested"][0]["a"][1:] == [1, None] and loaded["nested"][1:] == ["word", (1, 2.5)] and (loaded["step"], loaded["none"]) == (3, [])
+    assert path.stat().st_size < sum(tensor.nbytes for tensor in expected) + 20_000  # no tensor takes another's storage along
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_copy_of_a_state_lies_where_the_one_before_lay(device):
+    staging, state = Staging(), {"a": torch.arange(1000.0, device=device), "b": [torch.ones(3, 5, dtype=torch.bfloat16, device=device)]}
+
+    def copied():
+        copy = staging.copy(state)
+        staging.settle()
+        staging.wait()
+        return copy
+
+    first = copied()
+    state["a"].mul_(2)
+    assert first["a"][9] == 9
+    second = copied()
+    assert [tensor.data_ptr() for tensor in tensors_in(first)] == [tensor.data_ptr() for tensor in tensors_in(second)] and second["a"][9] == 18
+    assert len(staging.memory) == 4032 + 64  # both, on cache lines
+    state["c"] = torch.ones(9, device=device)
+    third = copied()
+    assert all(map(torch.equal, tensors_in(third), (tensor.cpu() for tensor in tensors_in(state)))) and len(staging.memory) == 4032 + 64 + 64
 
 
 def test_resume_finds_a_file_a_folder_or_says_what_is_wrong(tmp_path):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from util.errors import UserError, one_line
 from util.files import write_whole
 from util.logging import say
+from util.staging import Staging
 
 LAST = "checkpoint-last.pth"
 RELEASED = "transformer/config.json"  # released.py reads such folders
@@ -37,24 +38,17 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         raise OSError(str(error).splitlines()[0]) from error
 
 
-def on_host(value: Any) -> Any:
-    """A copy of plain data whose tensors are in host memory and share nothing with it."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: on_host(item) for key, item in value.items()}
-    return [on_host(item) for item in value] if isinstance(value, list) else value
-
-
 class Writer:
     """Writes checkpoints while training goes on, which waits only for their copy to host memory and for the one before.
 
+    A thread is enough: torch.save lets the others run while it sums up and writes a storage, as long as it is given an open file and not a path.
     Where one cannot be written, training goes on with the last good one on disk, and says so; two in a row stop it.
     """
 
     def __init__(self, keep_last: int | None = None, beside: Callable[[Path, Mapping[str, Any]], None] | None = None):
         """beside: beside(folder, state) writes more of each state into the folder."""
         self.keep_last, self.beside, self.failed = keep_last, beside, 0
+        self.staging = Staging()
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.latest: tuple | None = None  # what the last one was written from, until it is on disk
@@ -62,8 +56,12 @@ class Writer:
     def write(self, state: Mapping[str, Any], path: Path, numbered: Path | None = None) -> None:
         """`state` as it is now into `path`, and under the name `numbered` too.  Raises: UserError for the second failure in a row."""
         self.wait()
-        self.latest = (on_host(state), path, numbered)
+        self.latest = (self.staging.copy(state), path, numbered)
         self._start()
+
+    def settle(self) -> None:
+        """Before the state that was written last changes: its copy may still be on the way from a GPU, which then ends it first."""
+        self.staging.settle()
 
     def _start(self) -> None:
         self.error = None
@@ -93,6 +91,7 @@ class Writer:
 
     def _work(self, state: Mapping[str, Any], path: Path, numbered: Path | None) -> None:
         try:
+            self.staging.wait()
             save(numbered or path, state)
             if numbered:
                 keep_as(numbered, path)
