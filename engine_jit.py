@@ -20,7 +20,7 @@ from util.broken import Broken
 from util.errors import UserError, one_line
 from util.lr_sched import lr_at
 from util.parallel import Parallel, to_device
-from util.randomness import derive, normal
+from util.randomness import normal, seed_step
 from util.report import Report
 from util.schedule import Due, Progress, Schedule
 from util.skips import MOST_SKIPS, Skips
@@ -130,7 +130,7 @@ def train_one_epoch(training: Training, batches: Iterator[Batch], epoch: int, fi
     for i in range(first, schedule.steps_per_epoch):
         lr = set_lr(training, epoch + i / schedule.steps_per_epoch)
         due = schedule.after(epoch, i, state.step + 1, training.stop.agreed())
-        torch.manual_seed(derive(training.seed, "dropout", state.step * dist.world_size() + dist.rank()))
+        seed_step(training.seed, state.step * dist.world_size() + dist.rank(), training.device)
         loss = add_gradients(training, batches)
         values = (
             {"text_gap/grad_norm": grad_norm_of(state.net.y_embedder.parameters())} if due.log and training.gap and not training.config.lora_rank else {}

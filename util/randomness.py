@@ -19,6 +19,14 @@ def stream(seed: int, purpose: str, index: int, device: torch.device | str = "cp
     return torch.Generator(device).manual_seed(derive(seed, purpose, index))
 
 
+def seed_step(seed: int, index: int, device: torch.device) -> None:
+    """What dropout draws from: torch.manual_seed for the CPU and one device, without its look at devices of every other make, which takes longer than the rest."""
+    value = derive(seed, "dropout", index)
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(value)
+
+
 def with_streams(rows: Tensor, seed: int, purpose: str, indices: Sequence[int]) -> Iterator[tuple[Tensor, torch.Generator]]:
     """Each row with the stream of its index: one generator that is seeded anew, which is far cheaper than as many generators."""
     generator = torch.Generator(rows.device)
