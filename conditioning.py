@@ -15,8 +15,6 @@ from torch import Tensor
 from text_encoder import TextEncoder, rms_normalized
 from util import distributed as dist
 from util.feature_store import FeatureRows
-from util.parallel import to_device
-from util.randomness import uniform
 from util.text import Embedded, PackedText, Text, Y
 
 
@@ -164,9 +162,8 @@ def expand_null(null: Y | Embedded, count: int) -> Y | Embedded:
     return null.expand(count, *null.shape[1:]) if isinstance(null, Tensor) else null.expand(count)
 
 
-def drop_conditions(y: Y, null: Y, numbers: Sequence[int], probability: float, seed: int) -> Y:
-    """y (B, ...) with the null in place of a share of its rows, chosen by the samples' numbers."""
-    dropped = to_device(uniform(seed, "drop", numbers) < probability, y.device)
+def drop_conditions(y: Y, null: Y, dropped: Tensor) -> Y:
+    """y (B, ...) with the null in place of the rows `dropped`, (B,) bool."""
     if isinstance(y, Text):
         return y.without(dropped)
     return torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), null, y)

@@ -1,6 +1,6 @@
 """One epoch of training, a step and its loss."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,14 +13,14 @@ from conditioning import Conditions, drop_conditions
 from config import Train
 from datasets.stream import Batch
 from datasets.transforms import to_model_range
-from denoiser import Net, Objective, sample_time
+from denoiser import Net, Objective
 from resume import Saver, TrainState
 from util import distributed as dist
 from util.broken import Broken
 from util.errors import UserError, one_line
 from util.lr_sched import lr_at
 from util.parallel import Parallel, to_device
-from util.randomness import derive, normal
+from util.randomness import normal, seed_step
 from util.report import Report
 from util.schedule import Due, Schedule
 from util.skips import MOST_SKIPS, Skips
@@ -72,29 +72,28 @@ def make_optimizer(net: nn.Module, weight_decay: float, device: torch.device) ->
 
 
 def batch_loss(net: Net, batch: Batch, training: Training) -> Tensor:
-    """The loss of one batch of the loader; its noise, times and dropped conditions follow from the samples' numbers."""
-    conditions, seed, device = training.conditions, training.seed, training.device
+    """The loss of one batch of the loader; its noise follows from the samples' numbers, as the times and dropped conditions that came with it do."""
+    conditions, device = training.conditions, training.device
     x = to_model_range(batch.pictures.to(device, non_blocking=True))  # pinned by the loader unless --no_pin_mem
     y = (batch.y if conditions.in_loader else conditions(batch.y)).to(device, non_blocking=True)
-    y = drop_conditions(y, training.null, batch.numbers, training.config.label_drop_prob, seed)
-    t = to_device(sample_time(normal(seed, "t", batch.numbers, ()), training.objective.config), device)
-    noise = normal(seed, "eps", batch.numbers, x.shape[1:], device)
+    y = drop_conditions(y, training.null, to_device(torch.from_numpy(batch.dropped), device))
+    t = to_device(torch.from_numpy(batch.t), device)
+    noise = normal(training.seed, "eps", batch.numbers, x.shape[1:], device)
     return training.objective(net, x, noise, t, y)
 
 
-def grad_norm_of(module: nn.Module) -> Tensor:
-    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+def grad_norm_of(parameters: Iterable[Tensor]) -> Tensor:
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def take_step(state: TrainState, grad_clip: float | None, skips: Skips) -> Tensor:
     """Clip, step, averages; weights and optimizer stay as they are where the gradient is not finite.  Returns: its length, before clipping."""
-    parameters = list(state.net.parameters())
-    norm = nn.utils.clip_grad_norm_(parameters, grad_clip) if grad_clip else grad_norm_of(state.net)
+    norm = nn.utils.clip_grad_norm_(state.trained, grad_clip) if grad_clip else grad_norm_of(state.trained)
     state.optimizer.found_inf = skips.note(norm, state.step + 1)  # what a gradient scaler would set; the fused optimizer looks at it on the device
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     for ema in state.emas:
-        ema.update(state.net, state.step)
+        ema.update(state.trained, state.step)
     state.step += 1
     return norm
 
@@ -120,21 +119,20 @@ def add_gradients(training: Training, batches: Iterator[Batch]) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def train_one_epoch(training: Training, epoch: int, first: int) -> Due:
-    """The steps of one epoch from number `first` on.  Returns: what is due after the last one that was taken.  Collective.
+def train_one_epoch(training: Training, batches: Iterator[Batch], epoch: int, first: int) -> Due:
+    """The steps of one epoch from number `first` on, of the run's batches.  Returns: what is due after the last one that was taken.  Collective.
 
     Nothing waits for the GPU but a line of the log. Where a checkpoint is due a line is too, so what is saved is known to be finite.
     """
     state, schedule, due = training.state, training.schedule, Due()
     training.report.resume_clock()
-    batches = iter(training.loader)
     for i in range(first, schedule.steps_per_epoch):
         lr = set_lr(training, epoch + i / schedule.steps_per_epoch)
         due = schedule.after(epoch, i, state.step + 1, training.stop.agreed())
-        torch.manual_seed(derive(training.seed, "dropout", state.step * dist.world_size() + dist.rank()))
+        seed_step(training.seed, state.step * dist.world_size() + dist.rank(), training.device)
         loss = add_gradients(training, batches)
         values = (
-            {"text_gap/grad_norm": grad_norm_of(state.net.y_embedder)} if due.log and training.gap and not training.config.lora_rank else {}
+            {"text_gap/grad_norm": grad_norm_of(state.net.y_embedder.parameters())} if due.log and training.gap and not training.config.lora_rank else {}
         )  # before clipping
         training.save.settle()  # the last checkpoint may still be on its way from the GPU
         norm = take_step(state, training.config.grad_clip, training.skips)

@@ -6,7 +6,7 @@ argv -> Job -> train, evaluate, sweep or generate; the epoch loop.
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import flags
@@ -20,6 +20,7 @@ import engine_jit as engine
 import resume
 import sampling
 from config import EvaluateJob, GenerateJob, Job, SweepJob, TrainJob
+from datasets.source import batches_of
 from evaluation.evaluator import call_out_initial
 from evaluation.records import describe
 from evaluation.sweep import run_sweep
@@ -58,15 +59,14 @@ def train_epochs(job: TrainJob, run: TrainingRun) -> None:
         stopped = bool(owed) and not evaluate_online(run, job)
         if stopped:
             finish(run, job)
-        for epoch in range(progress.epoch, 0 if stopped else epochs):
-            first = progress.epoch_step if epoch == progress.epoch else 0
-            training.loader.sampler.begin(epoch, first * job.train.accum_iter)
-            with engine.loader_deaths(), dist.patience(dist.IN_STEPS):
-                due = engine.train_one_epoch(training, epoch, first)
-            stopped = due.stop or (due.evaluate and not evaluate_online(run, job))
-            if stopped:
-                finish(run, job)
-                break
+        with closing(batches_of(training.loader)) as batches, engine.loader_deaths():
+            for epoch in range(progress.epoch, 0 if stopped else epochs):
+                with dist.patience(dist.IN_STEPS):
+                    due = engine.train_one_epoch(training, batches, epoch, progress.epoch_step if epoch == progress.epoch else 0)
+                stopped = due.stop or (due.evaluate and not evaluate_online(run, job))
+                if stopped:
+                    finish(run, job)
+                    break
         run.writer.close()
     except Exception:  # whatever it is, a checkpoint that is being written is still good
         close_bars()

@@ -18,7 +18,7 @@ import sampling
 from conditioning import Conditioning
 from config import DrawJob, EvaluateJob, SweepJob, TrainJob, to_plain
 from datasets.source import hold_out, make_loader, open_data, workers
-from datasets.stream import PictureDataset, StreamSampler
+from datasets.stream import Collate, PictureDataset, StreamSampler
 from denoiser import Objective, v_loss
 from evaluation.evaluator import Evaluator
 from evaluation.measures import Measure, Subjects
@@ -258,17 +258,21 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
     trained = sum(p.numel() for p in state.net.parameters() if p.requires_grad)
     for line in first_lines(job, Sizes(trained, conditions.frozen, len(shares.pictures), len(shares.held_out), steps, workers(job.data)), device, bf16):
         say(line)
-    sampler = StreamSampler(shares.pictures, train.batch_size, steps * train.accum_iter, dist.rank(), world.processes, job.run.seed)
+    taken, parts = position.epoch * steps + position.epoch_step, train.accum_iter
+    batches = range(taken * parts, train.epochs * steps * parts)
+    sampler = StreamSampler(shares.pictures, train.batch_size, batches, dist.rank(), world.processes, job.run.seed)
+    look_up = conditions.conditions if conditions.conditions.in_loader else None
+    collate = Collate(look_up, job.diffusion, train.label_drop_prob, job.run.seed)
     skips, board, writer = (
         Skips(device, position.skips),
         Board(job.run, to_plain(job), state.step),
         checkpoint.Writer(job.save.keep_last, lora.write if state.base else None),
     )
-    bar = progress(train.epochs * steps, "training", initial=position.epoch * steps + position.epoch_step)
+    bar = progress(train.epochs * steps, "training", initial=taken)
     training = engine.Training(
         state=state,
         parallel=Parallel(state.net, device, bf16, compile),
-        loader=make_loader(shares.dataset, sampler, conditions.conditions, job.data, device),
+        loader=make_loader(shares.dataset, sampler, collate, job.data, device),
         conditions=conditions.conditions,
         null=to_device(conditions.conditions.null, device),
         objective=Objective(job.diffusion, compiled(v_loss) if compile else v_loss),

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +72,11 @@ class TrainState(Weights):
 
     optimizer: torch.optim.Optimizer
     base: str = ""  # the hash of the weights below, where adapters alone are trained
+
+    @cached_property
+    def trained(self) -> list[nn.Parameter]:
+        """What a step changes, in the network's order."""
+        return [param for param in self.net.parameters() if param.requires_grad]
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,9 @@ import torch
 from PIL import Image
 
 from benchmarks.text_path import caption, status
-from conditioning import LabelConditions
-from config import Data
+from config import Data, DiffusionConfig
 from datasets.source import make_loader, open_captioned
-from datasets.stream import StreamSampler, View
+from datasets.stream import Collate, StreamSampler, View
 
 ROUTES = ("folder", "metadata.jsonl", "metadata.csv", "metadata.parquet", "table.jsonl", "list.json", "coco.json", "parquet", "tar")
 Captions = Callable[[int], list[str]]
@@ -130,8 +129,8 @@ def bench_speed(args: argparse.Namespace) -> None:
             data = open_captioned(Data(path=str(path), **more), View(256))
             seconds.append(time.perf_counter() - start)
         for _ in range(args.rounds):
-            sampler = StreamSampler(torch.arange(len(data)), 64, len(data) // 64, 0, 1, seed=0)
-            loader = make_loader(data, sampler, LabelConditions(2), Data(workers=args.num_workers), torch.device("cpu"))
+            sampler = StreamSampler(torch.arange(len(data)), 64, range(len(data) // 64), 0, 1, seed=0)
+            loader = make_loader(data, sampler, Collate(None, DiffusionConfig(), 0.1, seed=0), Data(workers=args.num_workers), torch.device("cpu"))
             batches = iter(loader)
             next(batches)
             start, count = time.perf_counter(), 0

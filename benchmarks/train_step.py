@@ -23,11 +23,12 @@ import models_jit
 import models_mmjit
 from config import DiffusionConfig, Model, Train, parse_model_name
 from datasets.stream import Batch
-from denoiser import Objective
+from denoiser import Objective, sample_time
 from resume import TrainState
 from util.ema import Ema
 from util.errors import UserError, told_in_one_line
 from util.parallel import in_precision
+from util.randomness import normal
 from util.skips import Skips
 from util.text import Text
 
@@ -87,9 +88,11 @@ class Step:
                 Text(torch.randn(batch, length, WIDTH, device=device), torch.rand(batch, length, device=device) < 0.6),
                 Text.null(length, WIDTH).to(device),
             )
-        self.batch = Batch(pictures, y, list(range(batch)), [])
+        numbers, diffusion = list(range(batch)), DiffusionConfig()
+        t, dropped = sample_time(normal(0, "t", numbers, ()), diffusion).numpy(), np.arange(batch) % 10 == 0
+        self.batch = Batch(pictures, y, t, dropped, numbers, [])
         self.training = SimpleNamespace(
-            conditions=SimpleNamespace(in_loader=True), null=null, objective=Objective(DiffusionConfig()), config=Train(lr=1e-4), seed=0, device=device
+            conditions=SimpleNamespace(in_loader=True), null=null, objective=Objective(diffusion), config=Train(lr=1e-4), seed=0, device=device
         )
 
     def __call__(self) -> Tensor:

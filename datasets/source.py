@@ -1,7 +1,7 @@
 """Where pictures come from: one function opens them, one reads them for training.  A new kind of data is a file beside this one and a line here."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from config import Data, Model
 from datasets.captioned import CaptionedPictures, Rows
 from datasets.imagenet import ClassFolder
 from datasets.parquet import find_pictures, holds_pictures
-from datasets.stream import Collate, PictureDataset, StreamSampler, View
+from datasets.stream import Batch, Collate, PictureDataset, StreamSampler, View
 from datasets.tables import SUFFIXES, find_rows
 from datasets.tar import find_samples
 from datasets.text_image import EXTENSIONS, find_pairs
@@ -21,7 +21,7 @@ from util.errors import UserError
 from util.files import beside
 from util.logging import say
 from util.randomness import stream
-from util.stopping import in_worker
+from util.stopping import in_worker, start_method
 
 
 def open_data(data: Data, model: Model, seed: int) -> PictureDataset:
@@ -163,18 +163,24 @@ def workers(data: Data) -> int:
     return min(data.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-def make_loader(dataset: PictureDataset, sampler: StreamSampler, conditions, data: Data, device: torch.device) -> DataLoader:
-    """Batches of one rank; its processes look up the `conditions` that can be looked up there."""
+def make_loader(dataset: PictureDataset, sampler: StreamSampler, collate: Collate, data: Data, device: torch.device) -> DataLoader:
+    """Batches of one rank.  Its processes are forked with CUDA up, as is common: they never touch it."""
     return DataLoader(
         dataset,
         sampler.batch_size,
         sampler=sampler,
         num_workers=workers(data),
-        collate_fn=Collate(conditions if conditions.in_loader else None),
+        collate_fn=collate,
         pin_memory=data.pin_mem and device.type == "cuda",
-        persistent_workers=workers(data) > 0,
+        generator=torch.Generator(),  # or it would draw from the one that dropout uses
         worker_init_fn=in_worker,
+        multiprocessing_context=start_method(workers(data)),
     )
+
+
+def batches_of(loader: DataLoader) -> Iterator[Batch]:
+    """All that is left of the run, through the epochs' ends.  The loader's processes begin at the first batch, and end when this is closed."""
+    yield from loader
 
 
 def hold_out(size: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from config import DiffusionConfig
 from datasets.transforms import center_crop, open_rgb, random_crop, to_uint8
+from denoiser import sample_time
 from util import broken
-from util.randomness import stream, uniform
+from util.randomness import normal, stream, uniform
+from util.text import PackedText
 
 
 class Sample(NamedTuple):
@@ -27,8 +30,12 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
+    """What a step takes.  Small arrays are NumPy's: a tensor from a loader's process costs the step a quarter of a millisecond, however small."""
+
     pictures: Tensor  # (B, 3, H, W) uint8
-    y: Tensor  # (B, ...), or labels and numbers of captions where the step looks them up
+    y: Tensor | PackedText  # (B, ...), or labels and numbers of captions where the step looks them up
+    t: np.ndarray  # (B,) float32, times
+    dropped: np.ndarray  # (B,) bool, where the null takes the place of y
     numbers: list[int]  # of the samples
     broken: list[str]
 
@@ -134,53 +141,54 @@ class PictureDataset(Dataset):
 
 
 class Collate:
-    """Samples to a batch; `look_up` makes y of their labels or caption numbers."""
+    """Samples to a batch, with their times and dropped conditions; `look_up` makes y of their labels or caption numbers."""
 
-    def __init__(self, look_up: Callable[[Tensor], Tensor] | None = None):
-        self.look_up = look_up
+    def __init__(self, look_up: Callable[[Tensor], Tensor | PackedText] | None, diffusion: DiffusionConfig, drop_prob: float, seed: int):
+        self.look_up, self.diffusion, self.drop_prob, self.seed = look_up, diffusion, drop_prob, seed
 
     def __call__(self, samples: list[Sample]) -> Batch:
         pictures, conditions, numbers, passed = zip(*samples)
         raw = torch.tensor(conditions)
-        return Batch(torch.stack(pictures), self.look_up(raw) if self.look_up else raw, list(numbers), [line for lines in passed for line in lines])
+        return Batch(
+            pictures=torch.stack(pictures),
+            y=self.look_up(raw) if self.look_up else raw,
+            t=sample_time(normal(self.seed, "t", numbers, ()), self.diffusion).numpy(),
+            dropped=(uniform(self.seed, "drop", numbers) < self.drop_prob).numpy(),
+            numbers=list(numbers),
+            broken=[line for lines in passed for line in lines],
+        )
 
 
 class StreamSampler(Sampler):
-    """(index, n) of one rank's samples in one epoch, from batch `first` of it on.
+    """(index, n) of one rank's samples, from where the run begins or goes on to its last step: epochs are none of its matter.
 
     A global batch is batch_size x world samples in a row, cut among the ranks; an accumulated step is several of them.
-    Args: pictures: indices of those that are trained on, (size,).
+    Args: pictures: indices of those that are trained on, (size,); batches: the numbers of the global batches.
     """
 
-    def __init__(self, pictures: Tensor, batch_size: int, batches: int, rank: int, world: int, seed: int):
+    def __init__(self, pictures: Tensor, batch_size: int, batches: range, rank: int, world: int, seed: int):
         self.pictures, self.batch_size, self.batches, self.rank, self.world, self.seed = pictures, batch_size, batches, rank, world, seed
-        self.epoch = self.first = 0
         self._order = (-1, pictures)  # the shuffle in use and its number
-
-    def begin(self, epoch: int, first: int) -> None:
-        """The next iteration is over that epoch, from batch `first` of it on."""
-        self.epoch, self.first = epoch, first
-
-    def __len__(self) -> int:
-        return (self.batches - self.first) * self.batch_size
 
     def order(self, number: int) -> Tensor:
         if self._order[0] != number:
             self._order = (number, self.pictures[torch.randperm(len(self.pictures), generator=stream(self.seed, "order", number))])
         return self._order[1]
 
-    def index(self, n: int) -> int:
-        """Which picture sample n is."""
-        size = len(self.pictures)
-        return int(self.order(n // size)[n % size])
+    def indices(self, start: int, stop: int) -> list[int]:
+        """Which pictures samples start to stop - 1 are."""
+        found: list[int] = []
+        while (n := start + len(found)) < stop:
+            number, place = divmod(n, len(self.pictures))
+            found += self.order(number)[place : place + stop - n].tolist()
+        return found
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        for batch in range(self.epoch * self.batches + self.first, (self.epoch + 1) * self.batches):
+        for batch in self.batches:
             start = (batch * self.world + self.rank) * self.batch_size
-            for n in range(start, start + self.batch_size):
-                yield self.index(n), n
+            yield from zip(self.indices(start, start + self.batch_size), range(start, start + self.batch_size))
 
     def pictures_of(self, batch: int, count: int) -> list[int]:
         """All ranks' pictures of `count` global batches, from the run's number `batch` on."""
         size = self.batch_size * self.world
-        return [self.index(n) for n in range(batch * size, (batch + count) * size)]
+        return self.indices(batch * size, (batch + count) * size)

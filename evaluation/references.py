@@ -16,7 +16,7 @@ from util.errors import UserError
 from util.extractors import AT_A_TIME, Extractor, on_device
 from util.files import beside, writable_folder
 from util.logging import progress, say
-from util.stopping import in_worker
+from util.stopping import in_worker, start_method
 
 
 def spread(i: int, size: int, count: int) -> int:
@@ -52,7 +52,10 @@ def read_pictures(dataset: PictureDataset, chosen: Sequence[int], num_workers: i
     """This rank's share of the pictures `chosen`: their places in it, and (B, 3, H, W) uint8; broken ones are left out."""
     share = _Share(dataset, chosen)
     generator = torch.Generator()  # or the loader would draw from the one that training may use
-    loader = DataLoader(share, AT_A_TIME, num_workers=num_workers, collate_fn=_stacked, generator=generator, worker_init_fn=in_worker)
+    start = start_method(num_workers)
+    loader = DataLoader(
+        share, AT_A_TIME, num_workers=num_workers, collate_fn=_stacked, generator=generator, worker_init_fn=in_worker, multiprocessing_context=start
+    )
     with progress(len(share), "reference", unit="picture") as bar:
         for count, places, pictures in loader:
             if places:

@@ -6,12 +6,14 @@ import torch
 from conftest import CAPTIONS, open_text
 from PIL import Image
 
-from config import Data
+from config import Data, DiffusionConfig
 from datasets.imagenet import ClassFolder
 from datasets.source import hold_out, workers
 from datasets.stream import Collate, PackedStrings, StreamSampler, View
 from datasets.transforms import center_crop, open_rgb, to_uint8
+from denoiser import sample_time
 from util.errors import UserError
+from util.randomness import stream
 
 
 def test_pairs_of_any_depth_case_and_extension(tmp_path):
@@ -117,11 +119,21 @@ def test_flip_is_off_for_text_and_a_function_of_the_sample_number(text_data, cla
 
 def test_batches(text_data, class_data):
     text, classes = open_text(text_data, 16), ClassFolder(class_data, 3, View(16, hflip=True))
-    pictures, lines, numbers, broken = Collate()([text[0, 5], text[1, 6]])
-    assert pictures.shape == (2, 3, 16, 16) and pictures.dtype == torch.uint8
-    assert [text.captions[line] for line in lines] == CAPTIONS[:2] and numbers == [5, 6] and broken == []
-    assert Collate()([classes[0, 5], classes[11, 6]])[1].tolist() == [0, 2]
-    assert Collate(lambda lines: lines * 10)([text[0, 5], text[1, 6]])[1].tolist() == [0, 10]
+    plain, looks_up = (Collate(look_up, DiffusionConfig(), 0.1, seed=0) for look_up in (None, lambda lines: lines * 10))
+    batch = plain([text[0, 5], text[1, 6]])
+    assert batch.pictures.shape == (2, 3, 16, 16) and batch.pictures.dtype == torch.uint8
+    assert [text.captions[line] for line in batch.y] == CAPTIONS[:2] and batch.numbers == [5, 6] and batch.broken == []
+    assert plain([classes[0, 5], classes[11, 6]]).y.tolist() == [0, 2]
+    assert looks_up([text[0, 5], text[1, 6]]).y.tolist() == [0, 10]
+
+
+def test_a_batch_carries_the_times_and_dropped_rows_that_its_samples_numbers_decide(text_data):
+    data, numbers = open_text(text_data, 16), range(1000, 1128)
+    batch = Collate(None, DiffusionConfig(), 0.25, seed=7)([data[n % 8, n] for n in numbers])
+    times = [torch.randn((), generator=stream(7, "t", n)) for n in numbers]
+    assert np.array_equal(batch.t, sample_time(torch.stack(times), DiffusionConfig()).numpy())
+    assert batch.dropped.tolist() == [torch.rand(1, generator=stream(7, "drop", n)).item() < 0.25 for n in numbers]
+    assert 10 < batch.dropped.sum() < 60
 
 
 def test_packed_strings_are_the_strings():
@@ -137,16 +149,21 @@ def test_at_most_a_hundredth_is_held_out_and_never_trained_on():
     for size, wanted, count in [(8, 64, 0), (640, 64, 6), (10000, 64, 64), (10000, 0, 0)]:
         pictures, held = hold_out(size, wanted, seed=1)
         assert len(held) == count and sorted([*pictures.tolist(), *held.tolist()]) == list(range(size))
-    sampler = StreamSampler(pictures := hold_out(640, 64, seed=1)[0], 10, 200, 0, 1, seed=1)
+    sampler = StreamSampler(pictures := hold_out(640, 64, seed=1)[0], 10, range(200), 0, 1, seed=1)
     assert {index for index, _ in sampler} == set(pictures.tolist())
 
 
-def stream_of(world: int, batch: int, size: int = 10, batches: int = 6, epoch: int = 0) -> list[list[tuple[int, int]]]:
-    samplers = [StreamSampler(torch.arange(size), batch, batches, rank, world, seed=1) for rank in range(world)]
-    for sampler in samplers:
-        sampler.epoch = epoch
-    parts = [list(sampler) for sampler in samplers]
-    return [sum((part[i * batch : (i + 1) * batch] for part in parts), []) for i in range(batches)]
+def stream_of(world: int, batch: int, batches: range = range(6), size: int = 10) -> list[list[tuple[int, int]]]:
+    parts = [list(StreamSampler(torch.arange(size), batch, batches, rank, world, seed=1)) for rank in range(world)]
+    return [sum((part[i * batch : (i + 1) * batch] for part in parts), []) for i in range(len(batches))]
+
+
+def test_sample_n_is_picture_n_of_the_endless_shuffles():
+    for size in (3, 10, 64):  # a batch of 4 begins, ends and lies across shuffles, and holds whole ones
+        sampler = StreamSampler(pictures := torch.arange(100, 100 + size), 4, range(5, 40), 0, 1, seed=1)
+        shuffles = [pictures[torch.randperm(size, generator=stream(1, "order", k))] for k in range(160 // size + 1)]
+        assert list(sampler) == [(int(shuffles[n // size][n % size]), n) for n in range(20, 160)]
+        assert sampler.pictures_of(7, 2) == [int(shuffles[n // size][n % size]) for n in range(28, 36)]
 
 
 def test_ranks_share_the_same_global_batches():
@@ -154,15 +171,14 @@ def test_ranks_share_the_same_global_batches():
 
 
 def test_every_picture_once_a_pass_in_a_new_order_each():
-    samples = sum(stream_of(1, 5, batches=6), [])
+    samples = sum(stream_of(1, 5), [])
     passes = [[index for index, n in samples if n // 10 == k] for k in range(3)]
     assert all(sorted(order) == list(range(10)) for order in passes) and passes[0] != passes[1] != passes[2]
     assert [n for _, n in samples] == list(range(30))
 
 
-def test_the_stream_goes_on_where_the_epoch_before_ended():
-    whole = stream_of(2, 2, batches=12)
-    assert whole == stream_of(2, 2, batches=6, epoch=0) + stream_of(2, 2, batches=6, epoch=1)
+def test_a_run_that_goes_on_takes_the_batches_that_were_left():
+    assert stream_of(2, 2, range(12)) == stream_of(2, 2, range(5)) + stream_of(2, 2, range(5, 12))
 
 
 def test_the_demo_holds_a_tenth_of_the_pairs_out(tmp_path):

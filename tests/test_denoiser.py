@@ -7,7 +7,7 @@ import torch
 
 from config import DiffusionConfig, SamplerConfig
 from denoiser import SOLVERS, Objective, calls_of, guided, interpolate, sample, sample_time, solve, times_of, velocity
-from util.randomness import normal
+from util.randomness import derive, normal, seed_step, stream, uniform
 
 
 def test_path_ends_in_noise_and_data_and_its_velocity_is_their_difference():
@@ -174,6 +174,21 @@ def test_solver_state_is_float32_though_the_network_is_not():
     assert out.dtype == torch.float32
     with pytest.raises(AssertionError, match="float32"):
         solve(lambda z, t: z, z.bfloat16(), "euler", times_of(2, 1))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (15,), (16,), (17,), (3, 5, 7), (3, 8, 8), (3, 16, 16)])
+def test_a_row_of_noise_is_what_torch_draws_from_a_generator_of_its_own(shape):
+    """Below 16 numbers and from 16 on torch draws in two ways."""
+    numbers = [5, 0, 10**9, 5]
+    assert torch.equal(normal(3, "eps", numbers, shape), torch.stack([torch.randn(shape, generator=stream(3, "eps", n)) for n in numbers]))
+    assert torch.equal(uniform(3, "drop", numbers), torch.cat([torch.rand(1, generator=stream(3, "drop", n)) for n in numbers]))
+
+
+def test_a_steps_dropout_is_what_torch_seeds():
+    torch.manual_seed(derive(3, "dropout", 8))
+    drawn = torch.rand(5)
+    seed_step(3, 8, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), drawn)
 
 
 def test_start_noise_of_a_picture_depends_on_its_number_alone():

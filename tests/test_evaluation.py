@@ -666,7 +666,7 @@ def test_averages_that_are_still_initial_are_called_out(capsys):
         for ema in (slow, warm):
             ema.average["weight"].fill_(0.0)
             for n in range(10):
-                ema.update(net, n)
+                ema.update(list(net.parameters()), n)
             assert ema.average["weight"].item() == pytest.approx(1 - ema.initial_share(10), abs=1e-4)
     state = SimpleNamespace(emas=[slow, fast], step=6000)
     call_out_initial(state, "1")

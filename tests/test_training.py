@@ -1,12 +1,17 @@
 """Training as a whole, at toy size: resuming, ranks, accumulation, the frozen LLM, what stops a run."""
 
+import multiprocessing
+import time
+
 import pytest
 import torch
 from conftest import in_ranks, load_encoder, write_text_data
 from PIL import Image
 
+import engine_jit
 import main_jit
 from config import DiffusionConfig
+from datasets.captioned import CaptionedPictures
 from denoiser import sample_time
 from evaluation import text_gap
 from flags import parse
@@ -54,6 +59,63 @@ def scalars(out, tag):
 def moved(state):
     """How far training took the weights that start at zero."""
     return state["model"]["net.final_layer.linear.weight"].abs().max().item()
+
+
+class Reading:
+    """Which samples have been read, in any process."""
+
+    def __init__(self, file, monkeypatch):
+        self.file, read = file, CaptionedPictures.__getitem__
+
+        def noted(data, key):
+            with file.open("a") as notes:
+                notes.write(f"{key[1]}\n")
+            return read(data, key)
+
+        monkeypatch.setattr(CaptionedPictures, "__getitem__", noted)
+
+    def samples(self):
+        return [int(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+
+
+def test_loader_processes_live_through_an_epochs_end_and_read_on(text_data, llm_folder, tmp_path, monkeypatch):
+    reading, train, alive = Reading(tmp_path / "read", monkeypatch), engine_jit.train_one_epoch, []
+
+    def watched(training, *rest):
+        due = train(training, *rest)
+        wanted, patience = min(2 * training.state.step + 4, 24), time.monotonic() + 30  # two batches are read ahead
+        while len(reading.samples()) < wanted and time.monotonic() < patience:
+            time.sleep(0.01)
+        assert reading.samples() == list(range(wanted))
+        alive.append({process.pid for process in multiprocessing.active_children()})
+        return due
+
+    monkeypatch.setattr(engine_jit, "train_one_epoch", watched)
+    run(*flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 2, "--epochs", 3, "--num_workers", 1))
+    assert len(alive[0]) == 1 and alive[0] == alive[1] == alive[2] and multiprocessing.active_children() == []
+    assert reading.samples() == list(range(24))  # nothing past the run's end
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_was_cut_off_within_an_epoch_reads_what_was_left_to_the_same_end(text_data, llm_folder, tmp_path, monkeypatch, workers):
+    def argv(out):
+        return flags(text_data, llm_folder(), out, "--batch_size", 2, "--epochs", 4, "--accum_iter", 2, "--num_workers", workers, "--resume", out)
+
+    def cut_off(state, *rest):
+        if state.step == 5:
+            raise UserError("cut off")
+        return take(state, *rest)
+
+    run(*argv(tmp_path / "whole"))
+    take = engine_jit.take_step
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cut off"):
+        patch.setattr(engine_jit, "take_step", cut_off)
+        run(*argv(tmp_path / "cut"), "--save_freq_steps", "1")
+    assert multiprocessing.active_children() == []
+    reading = Reading(tmp_path / "read", monkeypatch)
+    run(*argv(tmp_path / "cut"))
+    assert sorted(reading.samples()) == list(range(20, 32))  # from step 5 of 8 on, the second of an epoch
+    assert_same_training(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("extra", [[], ["--proj_dropout", "0.3", "--attn_dropout", "0.2"], ["--precision", "bf16"]])

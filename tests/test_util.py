@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from resume import TrainState
 from util import checkpoint
 from util.ema import Ema
 from util.errors import UserError
@@ -32,7 +33,7 @@ def test_ema_in_closed_form():
     ema = Ema(net, 0.9, warmup=False)
     set_all(net, 0.0)
     for n in range(5):
-        ema.update(net, n)
+        ema.update(list(net.parameters()), n)
     assert ema.average["weight"][0, 0].item() == pytest.approx(0.9**5)
 
 
@@ -42,11 +43,24 @@ def test_ema_warm_up_forgets_the_initial_weights():
     assert [warm.decay_at(n) for n in (0, 90, 10**7)] == [0.1, 0.91, 0.9999]
     set_all(net, 0.0)
     for n in range(100):
-        warm.update(net, n)
-        cold.update(net, n)
+        warm.update(list(net.parameters()), n)
+        cold.update(list(net.parameters()), n)
     assert warm.average["weight"][0, 0] < 1e-9 and cold.average["weight"][0, 0] > 0.98
     expected = math.prod((1 + n) / (10 + n) for n in range(100))
     assert warm.average["weight"][0, 0].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_averages_follow_what_is_trained_alone_and_on_after_a_swap():
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    set_all(net, 1.0)
+    net[0].requires_grad_(False)
+    state = TrainState(net=net, emas=[ema := Ema(net, 0.5, warmup=False)], optimizer=None)
+    for n in range(2):
+        with ema.applied(net):
+            assert net[1].weight.item() == 1 / 2**n
+        net[1].weight.data.zero_()
+        ema.update(state.trained, n)
+    assert list(ema.average) == ["1.weight", "1.bias"] and ema.average["1.weight"].item() == 0.25 and ema.average["1.bias"].item() == 1
 
 
 def test_ema_swaps_in_and_out_bit_for_bit_and_leaves_buffers():

@@ -1,6 +1,6 @@
 """Exponential moving averages of a network's trainable weights, matched by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,10 +34,9 @@ class Ema:
         return share
 
     @torch.no_grad()
-    def update(self, net: nn.Module, n: int) -> None:
-        """n: optimizer steps done before this one."""
-        params = dict(net.named_parameters())
-        torch._foreach_lerp_(list(self.average.values()), [params[name] for name in self.average], 1 - self.decay_at(n))
+    def update(self, trained: Sequence[Tensor], n: int) -> None:
+        """trained: the network's trainable parameters, in its order; n: optimizer steps done before this one."""
+        torch._foreach_lerp_(list(self.average.values()), trained, 1 - self.decay_at(n))
 
     def state_dict(self, net: nn.Module) -> dict[str, Tensor]:
         """The network's state, as checkpoint.state_of it, with the averages in place of the parameters."""

@@ -100,7 +100,7 @@ class Parallel:
     def __init__(self, net: nn.Module, device: torch.device, bf16: bool, compile: bool = False):
         if compile:
             compile_blocks(net, dynamic=False)
-        self.net = wrap(net.train(), device)
+        self.net, self.device, self.bf16 = wrap(net.train(), device), device, bf16
         self.call = in_precision(self.net, device, bf16)
 
     def __call__(self, z_t: Tensor, t: Tensor, y: Y) -> Tensor:

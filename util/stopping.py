@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +77,11 @@ def watch(reading: int) -> None:
         elif now - first > ONE_PRESS:
             os._exit(128 + number[0])
     os.close(reading)
+
+
+def start_method(workers: int) -> str | None:
+    """How so many loader processes are begun: forked, where that is safe, since the other ways copy the data set into each by pickling it."""
+    return "fork" if workers and sys.platform == "linux" else None
 
 
 def in_worker(_: int = 0) -> None:
