@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,10 +85,13 @@ class Step:
             loss=compiled(v_loss) if compile else v_loss,
         )
 
-    def __call__(self) -> None:
+    def loss(self) -> Tensor:
         with published_attention() if self.published else nullcontext():
-            loss = engine.batch_loss(self.parallel, self.batch, self.training)
-            loss.backward()
+            return engine.batch_loss(self.parallel, self.batch, self.training)
+
+    def __call__(self) -> None:
+        loss = self.loss()
+        loss.backward()
         if self.published:
             loss.item()
             take_plain_step(self.state)
