@@ -261,7 +261,7 @@ def count_case(case: Case, bf16: bool, device: torch.device) -> Counted:
 def print_dearest(name: str, found: Count) -> None:
     print(f"\n{name}: {found.forward / 1e9:.2f} GB forward, {found.backward / 1e9:.2f} GB backward, {found.saved / 1e9:.2f} GB kept; the dearest:")
     for key, size in found.dearest.most_common(12):
-        print(f"    {size / 1e9:8.2f} GB  {key[:150]}")
+        print(f"    {size / 1e9:8.2f} GB  {key[:150]}", flush=True)
 
 
 def print_traffic(counted: Counted, bf16: bool) -> None:
