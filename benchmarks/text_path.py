@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaModel, ModernBertConfig, ModernBertMo
 import engine_jit as engine
 import models_mmjit
 import text_features
-from benchmarks.train_step import synchronize
+from benchmarks.speed import synchronize
 from conditioning import Conditioning, LabelConditions
 from config import Data, DiffusionConfig, SamplerConfig, TextConfig, TextSource, Train
 from datasets.imagenet import ClassFolder
