@@ -66,7 +66,7 @@ def claim(gpu: torch.device, store: dist.Store, number: int) -> None:
 @contextmanager
 def patience(limit: timedelta) -> Iterator[None]:
     """Inside, ranks wait so long for each other, then a collective fails.  Collective at both ends; no rank falls under a limit that others do not know of."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or not hasattr(dist.ProcessGroup, "set_timeout"):  # torch 2.15 has it
         yield
         return
     before = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
