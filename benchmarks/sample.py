@@ -5,7 +5,6 @@ branches in one batch, the condition embedded once, fused attention; compiled; a
 The ceiling is a large matrix product of the same rounds. What solvers make of so many steps is benchmarks/solvers.py's.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
@@ -15,7 +14,20 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.speed import BASELINE, Case, Setting, machine, parse, print_kernels, print_table, published_attention, synchronize, take_turns, warmed
+from benchmarks.speed import (
+    BASELINE,
+    Case,
+    Setting,
+    arguments,
+    machine,
+    parse,
+    print_kernels,
+    print_table,
+    published_attention,
+    synchronize,
+    take_turns,
+    warmed,
+)
 from conditioning import expand_null
 from config import DiffusionConfig, SamplerConfig
 from denoiser import calls_of, heun, sample, times_of, velocity
@@ -87,13 +99,9 @@ def settings_of(case: Case, device: torch.device, bf16: bool, steps: int, cfg: f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", metavar="MODEL:PIXELS:BATCH")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--cfg", type=float, default=2.9)
-    parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
     device, bf16 = torch.device(args.device), args.precision == "bf16"
     with told_in_one_line():

@@ -1,5 +1,6 @@
 """What the benchmarks of speed share: networks on made-up inputs, the published path's attention, the machine's ceiling, and rounds in which all settings take turns."""
 
+import argparse
 import os
 import re
 import time
@@ -65,6 +66,16 @@ class Case:
             return torch.randn(batch, WIDTH, device=device), torch.zeros(1, WIDTH, device=device)
         text = Text(torch.randn(batch, length, WIDTH, device=device), torch.rand(batch, length, device=device) < 0.6)
         return text, Text.null(length, WIDTH).to(device)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """What both scripts are asked."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", metavar="MODEL:PIXELS:BATCH")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--rounds", type=int, default=10)
+    return parser
 
 
 def parse(text: str) -> Case:

@@ -5,7 +5,6 @@ A whole step of engine_jit on made-up pictures and text that are on the device a
 --grad_checkpointing where asked. The ceiling is a large matrix product of the same rounds. Last the ten dearest kernels of the fastest setting.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine_jit as engine
-from benchmarks.speed import BASELINE, Case, Setting, machine, parse, print_kernels, print_table, published_attention, take_turns, warmed
+from benchmarks.speed import BASELINE, Case, Setting, arguments, machine, parse, print_kernels, print_table, published_attention, take_turns, warmed
 from config import DiffusionConfig, Train
 from datasets.stream import Batch
 from denoiser import Objective, v_loss
@@ -122,11 +121,7 @@ def settings_of(case: Case, device: torch.device, bf16: bool, checkpointing: boo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", metavar="MODEL:PIXELS:BATCH")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser = arguments(__doc__)
     parser.add_argument("--grad_checkpointing", action="store_true")
     args = parser.parse_args()
     device, bf16 = torch.device(args.device), args.precision == "bf16"
