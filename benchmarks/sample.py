@@ -14,25 +14,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.speed import (
-    BASELINE,
-    Case,
-    Setting,
-    arguments,
-    machine,
-    parse,
-    print_kernels,
-    print_table,
-    published_attention,
-    synchronize,
-    take_turns,
-    warmed,
-)
+from benchmarks.speed import BASELINE, Case, Setting, arguments, measure, published_attention, synchronize
 from conditioning import expand_null
 from config import DiffusionConfig, SamplerConfig
 from denoiser import calls_of, heun, sample, times_of, velocity
-from util.errors import told_in_one_line
-from util.parallel import for_drawing, in_precision, twin, uses_compile
+from util.parallel import for_drawing, in_precision, twin
 from util.text import Y, joined
 
 CPU = torch.device("cpu")
@@ -103,16 +89,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--cfg", type=float, default=2.9)
     args = parser.parse_args()
-    device, bf16 = torch.device(args.device), args.precision == "bf16"
-    with told_in_one_line():
-        cases = [parse(case) for case in args.cases]
-        uses_compile(True, device)
-    print(machine(device))
-    for case in cases:
-        settings = warmed(list(settings_of(case, device, bf16, args.steps, args.cfg)), device)
-        turns = take_turns(settings, args.rounds, device)
-        print_table(case, settings, turns, bf16, "guided call")
-        print_kernels(settings, turns, device)
+    measure(args, partial(settings_of, steps=args.steps, cfg=args.cfg), "guided call")
 
 
 if __name__ == "__main__":

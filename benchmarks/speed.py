@@ -5,7 +5,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 import models_jit
 import models_mmjit
 from config import Model, parse_model_name
-from util.errors import UserError
+from util.errors import UserError, told_in_one_line
+from util.parallel import uses_compile
 from util.text import Text, Y
 
 WIDTH = 768  # of the text's features: ModernBERT's, of 310M parameters
@@ -69,7 +70,7 @@ class Case:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """What both scripts are asked."""
+    """What the scripts are asked that take turns."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", metavar="MODEL:PIXELS:BATCH")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -233,3 +234,17 @@ def print_kernels(settings: Sequence[Setting], turns: Turns, device: torch.devic
     print(f"\nthe dearest kernels of {fastest.name!r}:")
     for kernel, milliseconds in kernels(fastest.action, device).most_common(10):
         print(f"    {milliseconds:9.2f} ms  {kernel[:140]}", flush=True)
+
+
+def measure(args: argparse.Namespace, settings_of: Callable[[Case, torch.device, bool], Iterable[Setting]], unit: str) -> None:
+    """The tables of all cases.  args: of `arguments`; settings_of: of a case on a device, in bf16 or not; unit: what a call is."""
+    device, bf16 = torch.device(args.device), args.precision == "bf16"
+    with told_in_one_line():
+        cases = [parse(case) for case in args.cases]
+        uses_compile(True, device)
+    print(machine(device))
+    for case in cases:
+        settings = warmed(list(settings_of(case, device, bf16)), device)
+        turns = take_turns(settings, args.rounds, device)
+        print_table(case, settings, turns, bf16, unit)
+        print_kernels(settings, turns, device)

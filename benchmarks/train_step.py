@@ -7,6 +7,7 @@ A whole step of engine_jit on made-up pictures and text that are on the device a
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,14 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine_jit as engine
-from benchmarks.speed import BASELINE, Case, Setting, arguments, machine, parse, print_kernels, print_table, published_attention, take_turns, warmed
+from benchmarks.speed import BASELINE, Case, Setting, arguments, measure, published_attention
 from config import DiffusionConfig, Train
 from datasets.stream import Batch
 from denoiser import Objective, v_loss
 from resume import TrainState
 from util.ema import Ema
-from util.errors import told_in_one_line
-from util.parallel import Parallel, compiled, twin, uses_compile
+from util.parallel import Parallel, compiled, twin
 from util.skips import Skips
 
 CPU = torch.device("cpu")
@@ -124,16 +124,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--grad_checkpointing", action="store_true")
     args = parser.parse_args()
-    device, bf16 = torch.device(args.device), args.precision == "bf16"
-    with told_in_one_line():
-        cases = [parse(case) for case in args.cases]
-        uses_compile(True, device)
-    print(machine(device))
-    for case in cases:
-        settings = warmed(list(settings_of(case, device, bf16, args.grad_checkpointing)), device)
-        turns = take_turns(settings, args.rounds, device)
-        print_table(case, settings, turns, bf16, "step")
-        print_kernels(settings, turns, device)
+    measure(args, partial(settings_of, checkpointing=args.grad_checkpointing), "step")
 
 
 if __name__ == "__main__":
