@@ -79,7 +79,9 @@ class Painter:
             try:
                 pictures = to_levels(self.paint(part, y_of(part)))
             except torch.OutOfMemoryError as error:
-                if self.batch_size or len(part) == 1:
+                if len(part) == 1:
+                    raise UserError(f"not even one picture of {self.img_size} pixels fits into what is free of the GPU's memory") from error
+                if self.batch_size:
                     raise UserError(f"{len(part)} pictures at a time do not fit into the GPU's memory; give --gen_bsz auto, or a smaller number") from error
                 pictures = None  # what was tried is freed at the end of this block
             if pictures is None:

@@ -61,6 +61,7 @@ class Experiment:
     judged: int = 500  # pictures of each kind and level
     begins: str = ""  # the experiment whose weights it begins with
     llm: str = "ja"  # the language model that reads for it; a name with "long" has read long texts
+    optimizer: str = "adamw"
     flags: tuple[str, ...] = ()
 
 
@@ -73,6 +74,8 @@ NETWORKS = {  # at 2.8M parameters within 5 %, by depth; tokens6 is JiT-Nano at 
 NARROW = {"tokens": "JiT-W96/8-Tokens", "mmjit": "MMJiT-W96/8"}  # 96 wide
 RATE = 2e-3
 SETTINGS = {"pooled": (RATE, 1.0), "tokens": (2 * RATE, 2.0), "tokens6": (2 * RATE, 2.0), "mmjit": (RATE, 2.0)}  # rate and noise scale
+
+BEST = {"adamw": RATE, "muon": RATE}  # the rates that win
 
 
 def usual(name: str, network: str, **more) -> Experiment:
@@ -155,7 +158,16 @@ def stages() -> Iterator[Experiment]:
     yield usual("stages-second", "mmjit", data="two-clean", thousands=50, begins="stages-first", lr=RATE / 10)
 
 
-GROUPS = {group.__name__: tuple(group()) for group in (two, ways, sweep, others, mixed, choices, curve, english, long, stages)}
+def optimizers() -> Iterator[Experiment]:
+    """AdamW against Muon: the rate at half of the pictures, then three seeds at each one's best."""
+    for optimizer, best in BEST.items():
+        for lr in (RATE / 2, RATE, 2 * RATE):
+            yield usual(f"optimizers-{optimizer}-50k-lr{lr:g}", "tokens6", lr=lr, thousands=50, judged=300, optimizer=optimizer)
+        for seed in range(3):
+            yield usual(f"optimizers-{optimizer}-seed{seed}", "tokens6", seed=seed, lr=best, thousands=100, optimizer=optimizer)
+
+
+GROUPS = {group.__name__: tuple(group()) for group in (two, ways, sweep, others, mixed, choices, curve, english, long, stages, optimizers)}
 
 
 # --- what an experiment needs
@@ -204,7 +216,6 @@ def make_llm(root: Path, name: str, device: str) -> Path:
 def jit(*flags: str) -> None:
     """main_jit.py with alignment_variants' networks in this process, which has imported everything and decoded the pictures already."""
     import main_jit
-    from benchmarks import alignment_variants  # noqa: F401 (more networks)
 
     print("$ python -m benchmarks.alignment_variants", shlex.join(flags), flush=True)
     main_jit.run(main_jit.flags.parse(flags))
@@ -212,6 +223,8 @@ def jit(*flags: str) -> None:
 
 def train(one: Experiment, root: Path, device: str) -> float:
     """Until its last epoch, from where it stands.  Returns: seconds."""
+    from benchmarks import alignment_variants
+
     data, llm, run, options = make_pictures(root, one.data), make_llm(root, one.llm, device), root / "runs" / one.name, DATA[one.data]
     epoch = (options.count - min(64, options.count // 100)) // one.batch * one.batch
     epochs = round(1000 * one.thousands / epoch)
@@ -220,6 +233,8 @@ def train(one: Experiment, root: Path, device: str) -> float:
     flags += ["--llm_model_name", str(llm), "--max_text_len", str(LENGTHS.get(one.data, 32)), "--noise_scale", str(one.noise), "--seed", str(one.seed)]
     flags += ["--epochs", str(epochs), "--save_last_freq", str(max(1, EPOCH // epoch)), "--batch_size", str(one.batch)]
     flags += ["--lr", str(one.lr), "--lr_schedule", "cosine", "--warmup_epochs", f"{0.25 * EPOCH / epoch:.2f}", "--cfg", "2.5", "--num_sampling_steps", "20"]
+    flags += ["--compile" if device == "cpu" else "--no-compile"]  # a GPU runs it as one CUDA graph
+    alignment_variants.use_optimizer(one.optimizer)
     started = time.perf_counter()
     jit(*flags, "--device", device, "--precision", "fp32", "--num_workers", "0", "--log_freq", "100", "--gen_bsz", "1024", *one.flags)
     if checkpoint.load(run / checkpoint.LAST)["epoch"] + 1 < epochs:

@@ -3,6 +3,7 @@
 import re
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -115,3 +116,7 @@ def test_auto_batches_shrink_to_what_memory_holds_and_draw_the_same(capsys):
     assert max(seen) == 4  # and it is remembered
     with pytest.raises(UserError, match="6 pictures at a time do not fit into the GPU's memory; give --gen_bsz auto"):
         draw(painter(6))
+    full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    for batch_size in (None, 1):
+        with pytest.raises(UserError, match="not even one picture of 4 pixels fits into what is free of the GPU's memory"):
+            draw(replace(painter(batch_size), net=full))

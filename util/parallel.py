@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from inspect import signature
 
 import torch
@@ -48,6 +49,11 @@ def compiler_lacks(device: torch.device) -> str:
     return "" if any(name and shutil.which(name) for name in names) else f"a compiler ({names[1]})"
 
 
+@cache
+def tell_lacking(lacking: str) -> None:
+    say(f"warning: {lacking} is not here, so nothing is compiled and training takes about twice as long; --no-compile says that this is meant")
+
+
 def uses_compile(asked: bool | None, device: torch.device, usual: bool = True) -> bool:
     """What --compile means on this device.  usual: whether it pays on a GPU.  Raises: UserError where it is asked for and cannot be had."""
     wanted = usual and device.type == "cuda" if asked is None else asked
@@ -55,7 +61,7 @@ def uses_compile(asked: bool | None, device: torch.device, usual: bool = True) -
     if lacking and asked:
         raise UserError(f"--compile needs {lacking}, which is not here; install it, or leave the flag out")
     if lacking:
-        say(f"warning: {lacking} is not here, so nothing is compiled and training takes about twice as long; --no-compile says that this is meant")
+        tell_lacking(lacking)  # once, though training and the drawing that goes with it ask both
     return wanted and not lacking
 
 
