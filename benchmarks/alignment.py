@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -247,6 +247,9 @@ def measure(one: Experiment, root: Path, device: str) -> dict:
     from sampling import load_painter
 
     options, found, painter = DATA[one.data], {}, load_painter(root / "runs" / one.name, device=device)
+    if device == "cpu":  # compiled, and as many at a time as stay in its caches; all parts are of one size
+        job = painter.job
+        painter.job = replace(job, drawing=replace(job.drawing, batch_size=50), run=replace(job.run, compile=True))
     for level in LEVELS.get(one.data, (options.level,)):
         for kind in ("seen", "unseen"):
             scenes, lines = prompts_of(level, kind == "seen", one.judged, options)
