@@ -118,6 +118,7 @@ def others() -> Iterator[Experiment]:
 def mixed() -> Iterator[Experiment]:
     """All levels at once."""
     yield usual("mixed-tokens6", "tokens6", data="mixed", thousands=1000)
+    yield usual("mixed-tokens6-n3", "tokens6", data="mixed", noise=3.0, thousands=400, judged=400)
     yield usual("mixed-mmjit", "mmjit", noise=1.5, data="mixed", thousands=1000)
 
 
