@@ -220,6 +220,7 @@ def parts_of(work: Work, case: Case) -> list[Part]:
 class Counted:
     case: Case
     parameters: int
+    flops: int  # of a step
     counts: dict[str, Count]
     block: int  # bytes that the largest block saves, compiled
 
@@ -254,7 +255,7 @@ def count_case(case: Case, bf16: bool, device: torch.device) -> Counted:
         found_again += (after + before * -1 + twice + Count(saved=(before.saved - after.saved) if module else 0)) * part.times
         block = max(block, after.saved) if module else block
     counts |= {"compiled": found, "compiled, checkpointing": found_again}
-    return Counted(case, sum(param.numel() for param in work.net.parameters()), counts, block)
+    return Counted(case, sum(param.numel() for param in work.net.parameters()), flops_of(case), counts, block)
 
 
 # --- what is told
@@ -268,7 +269,7 @@ def print_dearest(name: str, found: Count) -> None:
 
 def print_traffic(counted: Counted, bf16: bool) -> None:
     case = counted.case
-    print(f"\n`{case}`, {'bf16' if bf16 else 'fp32'}, {flops_of(case) / 1e12:.3g} TFLOP a step, {counted.parameters / 1e6:.0f}M parameters; computed\n")
+    print(f"\n`{case}`, {'bf16' if bf16 else 'fp32'}, {counted.flops / 1e12:.3g} TFLOP a step, {counted.parameters / 1e6:.0f}M parameters; computed\n")
     print(
         "| setting | operators, kernels of ours included | GB forward | GB backward | GB both | GB optimizer and averages | GB kept |\n|---|---|---|---|---|---|---|"
     )
@@ -293,10 +294,11 @@ def print_cost(all_counted: list[Counted]) -> None:
     """Hours for SEEN pictures, if products and traffic take the time that an H100 needs for each, one after the other."""
     print(f"\n| network | pixels | batch | GFLOP a picture | hours eager, one GPU | hours compiled, one GPU | eight |\n|{'---|' * 7}")
     for counted in all_counted:
-        case, flops = counted.case, flops_of(counted.case)
-        steps = SEEN / case.batch / 3600
-        eager, compiled = (steps * (flops / PRODUCTS + (counted.counts[way].moved + counted.counts[way].update) / BANDWIDTH) for way in ("eager", "compiled"))
-        print(f"| `{case.model}` | {case.pixels} | {case.batch} | {flops / case.batch / 1e9:.0f} | {eager:.0f} | {compiled:.0f} | {compiled / 8:.1f} |")
+        case, steps = counted.case, SEEN / counted.case.batch / 3600
+        eager, compiled = (
+            steps * (counted.flops / PRODUCTS + (counted.counts[way].moved + counted.counts[way].update) / BANDWIDTH) for way in ("eager", "compiled")
+        )
+        print(f"| `{case.model}` | {case.pixels} | {case.batch} | {counted.flops / case.batch / 1e9:.0f} | {eager:.0f} | {compiled:.0f} | {compiled / 8:.1f} |")
 
 
 def main() -> None:
