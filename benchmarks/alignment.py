@@ -117,9 +117,10 @@ def others() -> Iterator[Experiment]:
 
 def mixed() -> Iterator[Experiment]:
     """All levels at once; once from the network of `long` that has learned to read two things at 32 pixels."""
+    in_memory = ("--text_cache", "memory")  # the store holds what the other language model says
     yield usual("mixed-tokens6", "tokens6", data="mixed", thousands=1000)
     yield usual("mixed-tokens6-n3", "tokens6", data="mixed", noise=3.0, thousands=400, judged=400)
-    yield usual("mixed-tokens6-begun", "tokens6", data="mixed", noise=3.0, thousands=400, llm="ja-long", begins="long-short")
+    yield usual("mixed-tokens6-begun", "tokens6", data="mixed", noise=3.0, thousands=400, llm="ja-long", begins="long-short", flags=in_memory)
     yield usual("mixed-mmjit", "mmjit", noise=1.5, data="mixed", thousands=1000)
 
 
