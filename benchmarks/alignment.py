@@ -120,7 +120,7 @@ def mixed() -> Iterator[Experiment]:
     in_memory = ("--text_cache", "memory")  # the store holds what the other language model says
     yield usual("mixed-tokens6", "tokens6", data="mixed", thousands=1000)
     yield usual("mixed-tokens6-n3", "tokens6", data="mixed", noise=3.0, thousands=400, judged=400)
-    yield usual("mixed-tokens6-begun", "tokens6", data="mixed", noise=3.0, thousands=400, llm="ja-long", begins="long-short", flags=in_memory)
+    yield usual("mixed-tokens6-begun", "tokens6", data="mixed", noise=3.0, thousands=800, llm="ja-long", begins="long-short", flags=in_memory)
     yield usual("mixed-mmjit", "mmjit", noise=1.5, data="mixed", thousands=1000)
 
 
