@@ -425,12 +425,24 @@ class Train(Config):
         "`blocks` なら各ブロックの入力だけを保存し、逆伝播で計算し直します。時間は約 3 分の 1 増え、メモリは大きく減ります（docs/ja/running.md）",
         choices=("off", "blocks"),
     )
+    parallel: str = flag(
+        "ddp",
+        "parallel",
+        "how processes share the work: `ddp` has the whole model on each; `fsdp` shares weights, averages and optimizer out among them; "
+        "`hsdp` does so within a node, and nodes hold the same",
+        "プロセス間の分担。`ddp` は各プロセスがモデル全体を持ちます。`fsdp` は重み、重み平均、オプティマイザを分割して持ち、`hsdp` はノード内で分割し、ノード間では同じものを持ちます",
+        choices=("ddp", "fsdp", "hsdp"),
+    )
     start_epoch: int | None = flag(None, "start_epoch", "number of the first epoch", "最初のエポックの番号", shown="what the checkpoint says, else 0")
     log_freq: int = flag(100, "log_freq", "steps between lines of the log", "ログの間隔（ステップ数）", bounds=AT_LEAST_1)
 
     def check(self) -> None:
         require(self.lr is None or self.blr == Train.blr, "--lr and --blr: give one of them")
         require(self.min_lr == 0 or self.lr_schedule == "cosine", "--min_lr is where --lr_schedule cosine ends; add that, or leave it out")
+        require(
+            self.lora_rank is None or self.parallel == "ddp",
+            f"--lora_rank trains a few weights alone, and there is nothing to share out; leave out --parallel {self.parallel}",
+        )
         require(self.lora_rank is None or self.init_from is not None, "--lora_rank trains adapters for another model: name that by --init_from")
         start = self.start_epoch or 0
         require(0 <= start < self.epochs, f"--start_epoch {start} must be in [0, epochs), and --epochs is {self.epochs}")
@@ -721,6 +733,23 @@ class ExportJob(Config):
         require(self.resume != "", "--resume FOLDER_OR_FILE: which checkpoint?")
         require(self.out != "", "--out FOLDER: where to?")
         check_lora(self.lora, self.lora_scale)
+
+
+@dataclass(frozen=True)
+class ConvertJob(Config):
+    """convert_checkpoint.py."""
+
+    resume: str = flag(
+        "", "resume", "checkpoint file, or folder with checkpoint-last.pth", "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ"
+    )
+    out: str = flag("", "out", "a new file that ends in .pth", "新しいファイル（末尾は .pth）")
+    parts: bool = flag(
+        False, "parts", "the tensors go into a folder beside it, as --parallel fsdp writes them", "テンソルは --parallel fsdp と同じく、隣のフォルダに書きます"
+    )
+
+    def check(self) -> None:
+        require(self.resume != "", "--resume FOLDER_OR_FILE: which checkpoint?")
+        require(self.out != "", "--out FILE: where to?")
 
 
 @dataclass(frozen=True)

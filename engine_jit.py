@@ -23,6 +23,7 @@ from util.parallel import Parallel, to_device
 from util.randomness import normal, seed_step
 from util.report import Report
 from util.schedule import Due, Schedule
+from util.sharding import whole
 from util.skips import MOST_SKIPS, Skips
 from util.stopping import Stop
 from util.text import Y
@@ -83,12 +84,13 @@ def batch_loss(net: Net, batch: Batch, training: Training) -> Tensor:
 
 
 def grad_norm_of(parameters: Iterable[Tensor]) -> Tensor:
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    """Collective where they are sharded."""
+    return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def take_step(state: TrainState, grad_clip: float | None, skips: Skips) -> Tensor:
     """Clip, step, averages; weights and optimizer stay as they are where the gradient is not finite.  Returns: its length, before clipping."""
-    norm = nn.utils.clip_grad_norm_(state.trained, grad_clip) if grad_clip else grad_norm_of(state.trained)
+    norm = whole(nn.utils.clip_grad_norm_(state.trained, grad_clip)) if grad_clip else grad_norm_of(state.trained)
     state.optimizer.found_inf = skips.note(norm, state.step + 1)  # what a gradient scaler would set; the fused optimizer looks at it on the device
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)

@@ -21,6 +21,7 @@ from config import (
     Averages,
     CacheJob,
     Config,
+    ConvertJob,
     Data,
     DiffusionConfig,
     Drawing,
@@ -402,6 +403,11 @@ def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:
 def parse_export(argv: Sequence[str] | None = None) -> ExportJob:
     """export.py."""
     return parse_alone(ExportJob, "A trained model as others take it: safetensors, a model card, a folder for diffusers.", argv)
+
+
+def parse_convert(argv: Sequence[str] | None = None) -> ConvertJob:
+    """convert_checkpoint.py."""
+    return parse_alone(ConvertJob, "A checkpoint in one file, or in parts.", argv)
 
 
 def parse_app(argv: Sequence[str] | None = None) -> AppJob:

@@ -1,9 +1,9 @@
 """From a job to the objects that do it, the cheap and the fallible first: what is wrong is told before anything takes time."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,27 +31,28 @@ from text_features import Texts, prepare, source_of
 from transfer import check_origin, transfer
 from util import checkpoint
 from util import distributed as dist
+from util.agreement import agree, of_run
 from util.broken import Broken
 from util.ema import averages_of
-from util.errors import UserError, need_package
+from util.errors import need_package
 from util.files import writable_folder
 from util.logging import progress, say
 from util.parallel import Parallel, compiled, to_device, uses_bf16, uses_compile
+from util.parts_writer import PartsWriter
 from util.report import Report, Sizes, first_lines
 from util.schedule import Progress, Schedule
+from util.sharding import check_layout, let_go, shard
 from util.skips import Skips
 from util.stopping import Stop
 from util.trackers import Board
 from util.trackers import check as check_tracker
 
 
-def agree_on_data(dataset: PictureDataset | None, saved: Saved | None) -> None:
+def agree_on_data(dataset: PictureDataset | None, saved: Saved | None, path: str) -> None:
     """Raises: UserError where the processes see different files.  Collective."""
-    seen = dist.gather_objects((len(dataset or ()), saved and (saved.progress.epoch, saved.progress.step)))
-    if len(set(seen)) > 1:
-        raise UserError(
-            f"the processes see different data or checkpoints (pictures, (epoch, step)): {seen}; do all nodes see the same --data_path and --resume?"
-        )
+    progress = saved and f"{saved.path.name} at epoch {saved.progress.epoch}, step {saved.progress.step}"
+    names = dataset.fingerprint(path) if dataset else None
+    agree({"the number of pictures in --data_path": len(dataset or ()), "their names (hash)": names, "the checkpoint of --resume": progress})
 
 
 def condition(job: TrainJob | DrawJob, texts: Texts, saved: Saved | None, device: torch.device, origin: Saved | None = None) -> Conditioning:
@@ -106,13 +107,14 @@ def prepare_generation(job: DrawJob, saved: Saved, prompts: Sequence) -> Studio:
 def prepare_evaluation(job: EvaluateJob | SweepJob, saved: Saved) -> Evaluator:
     """Collective."""
     device, model = dist.init(job.run.device), job.model
+    agree(of_run(to_plain(job)))
     check_tracker(job.run)
     output_dir, path = writable_folder(job.run.output_dir, "--output_dir"), saved.path
     counts = [job.evaluation.num_images, *([job.sweep.images] if isinstance(job, SweepJob) else [])]
     request = find_requested(job.evaluation, model, counts, device)
     needed = (model.is_text and not job.evaluation.captions) or Path(job.data.path).exists()
     dataset = open_data(job.data, model, job.run.seed) if needed else None
-    agree_on_data(dataset, saved)
+    agree_on_data(dataset, saved, job.data.path)
     planned = plan(request, job.data, dataset, output_dir)
     subjects = {count: planned.subjects(model, count) for count in counts}
     texts = Texts(planned.captions if model.is_text else (), lines_of(subjects), prompts=sampling.as_prompts(model, None, engine.test_prompts))
@@ -155,6 +157,8 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     """Data, features, network, then what the checkpoint has of them.  Collective."""
     device, model, evaluation = dist.init(job.run.device), job.model, job.evaluation
     check_tracker(job.run)
+    agree(of_run(to_plain(job)))
+    check_layout(job.train.parallel)
     adapters = job.train.lora_rank is not None
     if adapters:
         need_package("peft", "--lora_rank")
@@ -166,7 +170,7 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     output_dir = writable_folder(job.run.output_dir, "--output_dir")
     request = find_requested(evaluation, model, [evaluation.num_images], device) if evaluation else None
     dataset = open_data(job.data, model, job.run.seed)
-    agree_on_data(dataset, saved)
+    agree_on_data(dataset, saved, job.data.path)
     shares = share_out(job, dataset)
     if saved:
         resume.check_data(saved, shares.world, job.data.path)
@@ -179,7 +183,7 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     measures = planned.measures(job.run.seed) if planned else []
 
     state = fresh_state(job, conditions, origin, device)
-    studio = Studio(state, sampling.make_painter(job, state.net, conditions.conditions.null, device), conditions)
+    studio = Studio(state, sampling.make_painter(job, state.drawn, conditions.conditions.null, device), conditions)
     progress = resume.restore(saved, state, shares.world.steps_per_epoch) if saved else Progress(epoch=job.train.start_epoch or 0)
     online = None
     if evaluation:
@@ -214,7 +218,13 @@ def fresh_state(job: TrainJob, conditions: Conditioning, origin: Saved | None, d
         say(f"begun with {origin.path}, EMA 1: {report}")
     if origin:
         origin.close()
-    return TrainState(net=net, optimizer=engine.make_optimizer(net, job.train.weight_decay, device), emas=averages_of(net, job.averages), base=base)
+    copy = None
+    if job.train.parallel != "ddp":
+        copy = deepcopy(net)
+        let_go(copy)
+        shard(net, job.train.parallel, device)
+    optimizer, emas = engine.make_optimizer(net, job.train.weight_decay, device), averages_of(net, job.averages)
+    return TrainState(net=net, optimizer=optimizer, emas=emas, copy=copy, base=base)
 
 
 def put_adapters(net: nn.Module, rank: int, seed: int, origin: Saved) -> str:
@@ -266,7 +276,7 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
     skips, board, writer = (
         Skips(device, position.skips),
         Board(job.run, to_plain(job), state.step),
-        checkpoint.Writer(job.save.keep_last, lora.write if state.base else None),
+        PartsWriter(job.save.keep_last, device) if state.copy else checkpoint.Writer(job.save.keep_last, lora.write if state.base else None),
     )
     bar = progress(train.epochs * steps, "training", initial=taken)
     training = engine.Training(
@@ -284,16 +294,22 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
         broken=Broken(folder, len(shares.dataset) + len(shares.dataset.bad), job.data.broken, shares.dataset.bad),
         stop=stop,
         save=resume.Saver(writer, state, skips, world, job, conditions.description),
-        gap=partial(text_gap(job, prepared), prepared.studio.painter.net) if job.text else None,
+        gap=text_gap(job, prepared) if job.text else None,
         seed=job.run.seed,
         device=device,
     )
     return TrainingRun(training, prepared.online, position, writer)
 
 
-def text_gap(job: TrainJob, prepared: Prepared) -> TextGap:
+def text_gap(job: TrainJob, prepared: Prepared) -> Callable[[], dict[str, Tensor]]:
     """On as many held-out pictures as a step takes, between 16 and 64: measuring costs about a step."""
     shares, studio, batch = prepared.shares, prepared.studio, job.train.batch_size
     pictures, size = shares.held_out if len(shares.held_out) else shares.pictures, min(64, max(16, batch * dist.world_size()))
     chosen = choose(shares.dataset, pictures[:size].tolist(), size)
-    return TextGap(chosen, studio.conditions.conditions, job.diffusion, job.run.seed, batch, studio.painter.device)
+    gap = TextGap(chosen, studio.conditions.conditions, job.diffusion, job.run.seed, batch, studio.painter.device)
+
+    def measure() -> dict[str, Tensor]:
+        with prepared.state.drawing("raw"):
+            return gap(studio.painter.net)
+
+    return measure

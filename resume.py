@@ -43,7 +43,9 @@ from util import distributed as dist
 from util.ema import Ema
 from util.errors import UserError, one_line
 from util.logging import say
+from util.parts import Spread
 from util.schedule import Due, Progress
+from util.sharding import holding, whole
 from util.skips import Skips
 
 J = TypeVar("J", bound=DrawJob)
@@ -58,11 +60,20 @@ class Weights:
     net: nn.Module
     emas: list[Ema]
     step: int = 0  # optimizer steps that made them; 0 for a published file, which does not say
+    copy: nn.Module | None = None  # of a sharded network: it draws, and has weights only meanwhile
+
+    @property
+    def drawn(self) -> nn.Module:
+        """The network that draws."""
+        return self.copy or self.net
 
     @contextmanager
     def drawing(self, which: str) -> Iterator[None]:
-        """Inside, the network computes with an average, "1" or "2", or with its own weights, "raw"."""
-        with nullcontext() if which == "raw" else self.emas[int(which) - 1].applied(self.net):
+        """Inside, `drawn` computes with an average, "1" or "2", or with the network's own weights, "raw".  Collective where it is sharded."""
+        ema = None if which == "raw" else self.emas[int(which) - 1]
+        swapped = nullcontext() if ema is None or self.copy else ema.applied(self.net)
+        weights = ema.average if ema else dict(self.net.named_parameters())
+        with holding(self.copy, weights) if self.copy else swapped:
             yield
 
 
@@ -94,8 +105,8 @@ class Saved:
     """A checkpoint, mapped into memory until it is closed."""
 
     path: Path
-    weights: dict[str, Tensor]  # the network's own, under `net.`
-    averages: list[dict[str, Tensor] | None]
+    weights: dict[str, Tensor | Spread]  # the network's own, under `net.`
+    averages: list[dict[str, Tensor | Spread] | None]
     optimizer: dict[str, Any]
     progress: Progress
     world: World | None  # None for a published file
@@ -107,7 +118,7 @@ class Saved:
     @property
     def best(self) -> dict[str, Tensor]:
         """The first average, or where there is none the weights."""
-        return self.averages[0] or self.weights
+        return {name: whole(value) for name, value in (self.averages[0] or self.weights).items()}
 
     def close(self) -> None:
         """Let go of the file: a large model's is tens of gigabytes."""
@@ -451,7 +462,7 @@ def open_for_drawing(job: J) -> tuple[J, Saved]:
 def restore_weights(saved: Saved, weights: Weights) -> None:
     """The network and its averages.  Raises: UserError where they do not fit."""
     expected = checkpoint.state_of(weights.net)
-    loads = [partial(weights.net.load_state_dict, strict=False), *(ema.load_state_dict for ema in weights.emas)]  # what must be there is looked at here
+    loads = [partial(checkpoint.load_into, expected), *(ema.load_state_dict for ema in weights.emas)]
     for name, values, load in zip(("model", "model_ema1", "model_ema2"), [saved.weights, *saved.averages], loads):
         if values is None:
             raise UserError(f"{saved.path} has no {name}; wanted a checkpoint with model, model_ema1 and model_ema2")
@@ -483,7 +494,7 @@ def restore(saved: Saved, state: TrainState, steps_per_epoch: int) -> Progress:
 
 @dataclass
 class Saver:
-    """Writes checkpoints of a run: saver(due, position), then `settle` before the next step.  Rank 0 copies the state and goes on; the others do not wait."""
+    """Writes checkpoints of a run: saver(due, position), then `settle` before the next step.  Rank 0 copies the state and goes on, the others do not wait; of a sharded one each copies its part.  Collective."""
 
     writer: checkpoint.Writer
     state: TrainState
@@ -493,7 +504,7 @@ class Saver:
     text: Mapping[str, Any] | None
 
     def __call__(self, due: Due, progress: Progress) -> None:
-        if not dist.is_main():
+        if not dist.is_main() and not self.state.copy:
             return
         progress, folder = replace(progress, skips=self.skips.kept(), evaluation_due=due.evaluate), Path(self.job.run.output_dir)
         numbered = folder / f"checkpoint-{progress.epoch - 1}.pth" if due.numbered else None

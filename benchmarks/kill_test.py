@@ -1,8 +1,11 @@
 """A run killed at random moments against one that was not: `python -m benchmarks.kill_test --out DIR [--kills 100] [--processes 2]`.
 
 Every start is the same command line; SIGKILL goes to one process or to all of them, at a moment drawn from the start's first second to long after
-its first steps, so imports, reading, steps, writing and renaming of checkpoints are all hit. Printed at the end: kills, starts that went on from a checkpoint, steps done
-again, bytes of half-written files that were left, and whether weights, averages and optimizer are the uninterrupted run's to the bit.
+its first steps, so imports, reading, steps, writing and renaming of checkpoints are all hit. Printed at the end: kills, starts that went on from a checkpoint, bytes of
+half-written files that were left, and whether weights, averages and optimizer are the uninterrupted run's to the bit.
+
+`--changing`: every third start has another number of processes, and another form of checkpoint, file or parts; then sums are taken in another order, and it is the
+largest difference that is printed, and how many steps a start did again.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import torch
 from datasets.demo import COLOURS, colour_ink, digit_captions, load_ink, make_folders, write_pair
 from demo.tiny_llm import build_llama, train_tokenizer
 from util import checkpoint
+from util.sharding import whole
 
 
 def make_inputs(out: Path) -> None:
@@ -36,11 +40,20 @@ def make_inputs(out: Path) -> None:
     tokenizer.save_pretrained(out / "llm")
 
 
-def command(out: Path, run: Path, args: argparse.Namespace) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.processes}"] if args.processes > 1 else []
-    flags = ["--model", "JiT-Nano/8-Text", "--img_size", "16", "--device", "cpu", "--num_workers", "1", "--batch_size", str(8 // args.processes)]
+CHANGING = ((1, "ddp"), (2, "fsdp"), (3, "fsdp"), (2, "ddp"), (1, "fsdp"), (4, "fsdp"))  # processes, --parallel
+BATCH = 12
+
+
+def command(out: Path, run: Path, args: argparse.Namespace, number: int = 0) -> list[str]:
+    """That of start `number`."""
+    processes, parallel = CHANGING[number // 3 % len(CHANGING)] if args.changing else (args.processes, args.parallel)
+    grouped = processes > 1 or parallel != "ddp"
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if grouped else []
+    flags = ["--model", "JiT-Nano/8-Text", "--img_size", "16", "--device", "cpu", "--num_workers", "1", "--batch_size", str(BATCH // processes)]
+    flags += ["--parallel", parallel]
     flags += ["--data_path", str(out / "data"), "--llm_model_name", str(out / "llm"), "--output_dir", str(run), "--resume", str(run), "--lr", "1e-3"]
-    flags += ["--epochs", str(args.epochs), "--save_freq_steps", "4", "--log_freq", "1000", "--precision", args.precision, "--proj_dropout", "0.1"]
+    flags += ["--epochs", str(args.epochs), "--save_freq_steps", "4", "--log_freq", "1" if args.changing else "1000", "--precision", args.precision]
+    flags += [] if args.changing else ["--proj_dropout", "0.1"]  # whose numbers are each process's own
     return [sys.executable, *launcher, "main_jit.py", *flags]
 
 
@@ -70,11 +83,11 @@ def step_of(run: Path) -> int:
     return checkpoint.load(path)["step"] if path.exists() else 0
 
 
-def kill_and_restart(line: list[str], run: Path, args: argparse.Namespace, rng: random.Random, seconds: float) -> dict[str, int]:
+def kill_and_restart(run: Path, args: argparse.Namespace, rng: random.Random, seconds: float) -> dict[str, int]:
     found = {"kills": 0, "starts that went on from a checkpoint": 0, "half-written bytes left": 0, "kills while a checkpoint was being written": 0}
     while found["kills"] < args.kills:
         found["starts that went on from a checkpoint"] += step_of(run) > 0
-        process = start(line, run / "log.txt")
+        process = start(command(args.out, run, args, found["kills"]), run / "log.txt")
         try:
             if code := process.wait(rng.uniform(0, 1.5 * seconds)):
                 raise SystemExit(f"the run ended by itself with {code} after {found['kills']} kills; see {run / 'log.txt'}")
@@ -86,7 +99,7 @@ def kill_and_restart(line: list[str], run: Path, args: argparse.Namespace, rng: 
         for pid in victims:
             kill(pid)
         found["kills"] += 1
-        half = [path.stat().st_size for path in run.glob(".checkpoint*.tmp")]
+        half = [path.stat().st_size for place in run.glob(".checkpoint*.tmp") for path in (place.iterdir() if place.is_dir() else [place])]
         found["half-written bytes left"] += sum(half)
         found["kills while a checkpoint was being written"] += bool(half)
         time.sleep(0.2)
@@ -101,7 +114,26 @@ def kill_and_restart(line: list[str], run: Path, args: argparse.Namespace, rng: 
 def equal(a: dict, b: dict) -> bool:
     """Bit for bit."""
     parts = [(a[key], b[key]) for key in ("model", "model_ema1", "model_ema2")] + [(a["optimizer"][name], b["optimizer"][name]) for name in a["optimizer"]]
-    return a["step"] == b["step"] and all(torch.equal(value, right[name]) for left, right in parts for name, value in left.items())
+    return a["step"] == b["step"] and all(torch.equal(whole(value), whole(right[name])) for left, right in parts for name, value in left.items())
+
+
+def done_again(run: Path) -> int:
+    """The most steps that one start did again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    most, before = 0, 0
+    for path in sorted(run.glob("events.*"), key=lambda path: path.stat().st_mtime):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        if "train_loss" in events.Tags()["scalars"]:
+            steps = [event.step for event in events.Scalars("train_loss")]
+            most, before = max(most, before - steps[0] + 1), steps[-1]
+    return most
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    """Of the weights and averages."""
+    return max((whole(value) - whole(b[key][name])).abs().max().item() for key in ("model", "model_ema1", "model_ema2") for name, value in a[key].items())
 
 
 def main() -> None:
@@ -109,7 +141,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=120, help="of 24 steps; enough that the run does not end before the last kill")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
+    parser.add_argument("--changing", action="store_true", help="processes and form of checkpoint change every third time")
+    parser.add_argument("--epochs", type=int, default=120, help="of 16 steps; enough that the run does not end before the last kill")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     args = parser.parse_args()
     make_inputs(args.out)
@@ -125,12 +159,17 @@ def main() -> None:
         raise SystemExit(f"the uninterrupted run failed; see {whole / 'log.txt'}")
     print(f"uninterrupted: {time.perf_counter() - began:.0f} s, first checkpoint after {seconds:.1f} s", flush=True)
     rng = random.Random(0)
-    found = kill_and_restart(command(args.out, killed, args), killed, args, rng, seconds)
+    found = kill_and_restart(killed, args, rng, seconds)
     if code := start(command(args.out, killed, args), killed / "log.txt").wait():
         raise SystemExit(f"the last start ended with {code}; see {killed / 'log.txt'}")
     for name, value in found.items():
         print(f"{name}: {value}")
     a, b = (checkpoint.load(run / checkpoint.LAST) for run in (whole, killed))
+    if args.changing:
+        print(
+            f"steps: {a['step']} and {b['step']}; most steps done again by one start: {done_again(killed)}; largest difference: {largest_difference(a, b):.1e}"
+        )
+        return
     print(f"steps: {a['step']}; weights, averages and optimizer equal to the bit: {equal(a, b)}")
     sys.exit(not equal(a, b))
 

@@ -1,4 +1,5 @@
-"""How long a checkpoint holds training up: `python -m benchmarks.saving --out DIR [--model JiT-B/16] [--device cuda]`.
+"""How long a checkpoint holds training up: `python -m benchmarks.saving --out DIR [--model JiT-B/16] [--device cuda]`, or
+`torchrun --nproc_per_node=2 --nnodes=1 --node_rank=0 -m benchmarks.saving --out DIR` for one in parts, of weights that are shared out among the processes.
 
 The whole state (weights, two averages, AdamW's moments) goes through checkpoint.Writer as in training: `write` returns when it is copied to
 host memory, or from a GPU as soon as that is asked for; the file is written behind it, while the main thread does small operations. For comparison
@@ -6,6 +7,7 @@ the same operations alone, and the same state written in the foreground.
 """
 
 import argparse
+import builtins
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,16 @@ import torch
 
 from models_jit import build_model
 from util import checkpoint
+from util import distributed as dist
 from util.ema import Ema
+from util.parts_writer import PartsWriter
+from util.sharding import shard
 
 
 def whole_state(model: str, img_size: int, device: torch.device) -> dict:
     net = build_model(model, input_size=img_size).to(device)
+    if dist.in_group():
+        shard(net, "fsdp", device)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
     for param in net.parameters():
         param.grad = torch.zeros_like(param)
@@ -48,7 +55,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    state, path, writer = whole_state(args.model, args.img_size, torch.device(args.device)), args.out / checkpoint.LAST, checkpoint.Writer()
+    device, path = dist.init(args.device), args.out / checkpoint.LAST
+    state, writer = whole_state(args.model, args.img_size, device), PartsWriter(None, device) if dist.in_group() else checkpoint.Writer()
+    print = builtins.print if dist.is_main() else lambda *_, **__: None
     print("| | training waits | until it is on disk | operations/s | longest gap |\n|---|---|---|---|---|")
     for _ in range(args.rounds):
         end = time.perf_counter() + 3
@@ -56,14 +65,16 @@ def main() -> None:
         start = time.perf_counter()
         writer.write(state, path)
         copied = time.perf_counter() - start
-        meanwhile = operations(writer.thread.is_alive)
+        meanwhile = operations(lambda: not writer.work.done())
         writer.wait()
         print(f"| in the background | {copied:.2f} s | {time.perf_counter() - start:.2f} s | {meanwhile} |", flush=True)
-        start = time.perf_counter()
-        checkpoint.save(path, state)
-        seconds = time.perf_counter() - start
-        print(f"| in the foreground | {seconds:.2f} s | {seconds:.2f} s | | |", flush=True)
-    print(f"{path.stat().st_size / 1e9:.2f} GB")
+        if not dist.in_group():
+            start = time.perf_counter()
+            checkpoint.save(path, state)
+            seconds = time.perf_counter() - start
+            print(f"| in the foreground | {seconds:.2f} s | {seconds:.2f} s | | |", flush=True)
+    print(f"{sum(file.stat().st_size for file in args.out.rglob('*') if file.is_file()) / 1e9:.2f} GB")
+    dist.shutdown()
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ class Evaluator:
 
     def _hash(self, weights: str) -> str:
         """Of the network as it computes now."""
-        return self.hashes.get((weights, self.state.step)) or self.hashes.setdefault((weights, self.state.step), digest(self.state.net.state_dict()))
+        return self.hashes.get((weights, self.state.step)) or self.hashes.setdefault((weights, self.state.step), digest(self.state.drawn.state_dict()))
 
     def _made(self, subjects: Subjects, seconds: Mapping[str, float]) -> dict[str, Any]:
         device = self.painter.device

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -181,7 +182,8 @@ def test_every_flag_changes_the_job_and_is_explained():
 
 def test_help_and_what_flags_alone_decide_come_without_torch():
     cannot_work = {"prepare_ref.py": ["--img_size", "0", "--out", "x.npz"], "export.py": ["--out", "x"], "app.py": ["--port", "0"]}
-    for program in ("main_jit.py", "cache_text.py", "prepare_ref.py", "export.py", "app.py"):
+    cannot_work["convert_checkpoint.py"] = ["--out", "x.pth"]
+    for program in ("main_jit.py", "cache_text.py", "prepare_ref.py", "export.py", "convert_checkpoint.py", "app.py"):
         for argv, code in ((["--help"], 0), (["--no_such_flag"], 2), (cannot_work.get(program, ["--img_size", "250"]), 1)):
             start = time.perf_counter()
             done = subprocess.run([sys.executable, program, *argv], cwd=ROOT, capture_output=True, text=True)
@@ -221,7 +223,7 @@ def test_what_a_user_sees_is_one_line(argv, message, tmp_path, monkeypatch, caps
     assert stop.value.code == 1 and printed.startswith(message) and printed.count("\n") == 1
 
 
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("data", "evaluation", "export", "page", "running", "text", "models", "troubleshooting"))]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("data", "evaluation", "export", "page", "multi_node", "running", "text", "models", "troubleshooting"))]
 PAIRS = [(page, "README_ja.md" if page == "README.md" else page.replace("docs/", "docs/ja/")) for page in PAGES]
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 
@@ -235,7 +237,13 @@ def commands(name: str) -> list[str]:
 
 def check_command(line: str) -> None:
     """It parses, and what it names is there."""
-    parsers = {"main_jit.py": flags.parse, "cache_text.py": flags.parse_cache, "prepare_ref.py": flags.parse_reference, "export.py": flags.parse_export}
+    parsers = {
+        "main_jit.py": flags.parse,
+        "cache_text.py": flags.parse_cache,
+        "prepare_ref.py": flags.parse_reference,
+        "export.py": flags.parse_export,
+        "convert_checkpoint.py": flags.parse_convert,
+    }
     parsers["app.py"] = flags.parse_app
     for program, parse in parsers.items():
         rest = line.split(f"{program} ", 1)[1:]
@@ -265,13 +273,41 @@ def test_every_recipe_runs_the_command_that_it_holds(path, tmp_path):
     for program in ("torchrun", "python"):
         (tmp_path / "bin" / program).write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/called\n')
         (tmp_path / "bin" / program).chmod(0o755)
+    for program, does in (("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"'), ("scontrol", "echo node1; echo node2")):
+        (tmp_path / "bin" / program).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / "bin" / program).chmod(0o755)
     environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "DATA": "some data", "OUT": "some/out", "GPUS": "2"}
+    environment |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", str(path), "--seed", "7"], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     called = (tmp_path / "called").read_text().splitlines()
     job = flags.parse(called[called.index("main_jit.py") + 1 :])
     assert job.run.seed == 7 and job.data.path == "some data" and job.run.output_dir == job.run.resume == "some/out"
     assert "computed" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_slurm_job_is_queued_again_where_its_time_is_over(signalled, tmp_path):
+    """By programs in the place of Slurm's and of torchrun, which runs until the signal comes and then ends as torchrun does."""
+    programs = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "scontrol": f'[[ $1 == show ]] && echo node1 && exit; echo "$@" >> {tmp_path}/requeued',
+        "scancel": f'[[ "$*" == "--signal=USR1 7" ]] && kill -USR1 $(cat {tmp_path}/running)',
+        "torchrun": f"trap 'sleep 0.3; echo saved > {tmp_path}/saved; exit 1' USR1; echo $$ > {tmp_path}/running; "
+        + ("while :; do sleep 0.05; done" if signalled else "exit 3"),
+    }
+    for program, does in programs.items():
+        (tmp_path / program).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / program).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(["bash", str(ROOT / "recipes" / "slurm.sh")], cwd=ROOT, env=environment)
+    if signalled:
+        while not (tmp_path / "running").exists():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == (0 if signalled else 3)
+    assert (tmp_path / "requeued").exists() == (tmp_path / "saved").exists() == signalled
 
 
 @pytest.mark.parametrize("english, japanese", PAIRS)

@@ -1,6 +1,7 @@
 """Ranks that wait for each other, and the GPU that each takes."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -10,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ended, in_ranks, start_ranks
-from test_training import flags, weights
+from test_training import flags, run, weights
 
 import engine_jit
 import main_jit
 import resume
 import sampling
 import text_features
+from util import agreement
 from util import distributed as dist
 from util.errors import UserError
 
@@ -168,3 +170,37 @@ def test_without_a_gpu_the_group_is_gloos(gpus, monkeypatch):
     assert joined["backend"] == "gloo" and joined["device_id"] is None
     with pytest.raises(UserError, match=r"--device cuda: process 1 of this node has no GPU \(0 found\)"):
         dist.init("cuda")
+
+
+def test_processes_that_see_different_things_are_told_in_one_line(tmp_path):
+    assert agreement.spans([0, 1, 2, 3, 8, 10, 11]) == "0-3, 8, 10-11"
+
+    def work():
+        agreement.agree({"a": 1, "b": "x"})
+        mine = "x" if dist.rank() in (0, 1) else "y"
+        with pytest.raises(UserError, match=r"^the processes do not agree on b: x on rank 0-1; y on rank 2$"):
+            agreement.agree({"a": 1, "b": mine})
+
+    in_ranks(3, work)
+
+
+@pytest.mark.parametrize(
+    "what, said", [("--lr", "train.lr: 0.001 on rank 0; 0.002 on rank 1"), ("code", "the code: .* on rank 0; other on rank 1"), ("data", "their names")]
+)
+def test_nodes_that_differ_are_told_before_anything_is_encoded(text_data, llm_folder, tmp_path, monkeypatch, what, said):
+    """Data may lie elsewhere, as long as they are the same."""
+    shutil.copytree(text_data, tmp_path / "copy")
+    if what == "data":
+        (tmp_path / "copy" / "images" / "7.png").rename(tmp_path / "copy" / "images" / "8.png")
+        (tmp_path / "copy" / "captions" / "7.txt").rename(tmp_path / "copy" / "captions" / "8.txt")
+    monkeypatch.setattr(text_features, "prepare", lambda *_: pytest.fail("text was encoded"))
+
+    def work():
+        second = dist.rank() == 1
+        if second and what == "code":
+            agreement.code_version = lambda: "other"
+        more = ["--lr", "2e-3"] if second and what == "--lr" else []
+        with pytest.raises(UserError, match=f"the processes do not agree on {said}"):
+            run(*flags(tmp_path / "copy" if second else text_data, llm_folder(), tmp_path / "out", "--batch_size", 1, "--epochs", 1, *more))
+
+    in_ranks(2, work)

@@ -1,6 +1,6 @@
 """Checkpoints: one dictionary of plain data a file, written whole or not at all, read without unpickling code.
 
-Keys: `model`, `model_ema1`, `model_ema2` (full state dicts under the prefix `net.`), `optimizer`, `epoch` (the last one finished),
+Keys: `model`, `model_ema1`, `model_ema2` (full state dicts under the prefix `net.`), `optimizer`, or in place of these four `parts` (util/parts.py), `epoch` (the last one finished),
 `step`, `epoch_step` (steps done of the epoch after), `skips`, `evaluation_due` (at this step), `world`, `job` (the run's configs), for text models
 `text`, and where adapters alone are trained `base`, the hash of the weights below them. The published JiT files (an argparse Namespace as `args`, an optimizer state by position) open the same way.
 """
@@ -9,8 +9,8 @@ import argparse
 import hashlib
 import os
 import shutil
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from util.errors import UserError, one_line
 from util.files import write_whole
 from util.logging import say
+from util.parts import Spread, parts_of, read_parts
+from util.sharding import fill, shared_as, whole
 from util.staging import Staging
 
 LAST = "checkpoint-last.pth"
@@ -49,58 +51,61 @@ class Writer:
         """beside: beside(folder, state) writes more of each state into the folder."""
         self.keep_last, self.beside, self.failed = keep_last, beside, 0
         self.staging = Staging()
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
-        self.latest: tuple | None = None  # what the last one was written from, until it is on disk
+        self.threads = ThreadPoolExecutor(1)
+        self.work: Future | None = None
+        self.latest: tuple | None = None  # what the last one is written from, until it is on disk
 
     def write(self, state: Mapping[str, Any], path: Path, numbered: Path | None = None) -> None:
         """`state` as it is now into `path`, and under the name `numbered` too.  Raises: UserError for the second failure in a row."""
         self.wait()
         self.latest = (self.staging.copy(state), path, numbered)
-        self._start()
+        self.start()
 
     def settle(self) -> None:
         """Before the state that was written last changes: its copy may still be on the way from a GPU, which then ends it first."""
         self.staging.settle()
 
-    def _start(self) -> None:
-        self.error = None
-        self.thread = threading.Thread(target=self._work, args=self.latest)
-        self.thread.start()
+    def start(self) -> None:
+        """Begin to write the latest."""
+        self.work = self.threads.submit(self._write, *self.latest)
 
     def wait(self) -> None:
         """Until nothing is being written any more.  Raises: UserError for the second failure in a row."""
-        if self.thread is None:
+        if self.work is None:
             return
-        self.thread.join()
-        self.thread = None
-        self.failed = self.failed + 1 if self.error else 0
-        if self.failed == 1:
-            say(f"warning: no checkpoint could be written ({self.error}); training goes on, the last good one stays. Make room before the next")
-        elif self.failed > 1:
-            raise UserError(
-                f"two checkpoints in a row could not be written ({self.error}); the last good one is untouched. Make room, or name another --output_dir"
-            )
+        error, self.work = self.work.exception(), None
+        if not error:
+            self.failed, self.latest = 0, None
+            return
+        self.failed += 1
+        error = self.reason(error)
+        if self.failed > 1:
+            raise UserError(f"two checkpoints in a row could not be written ({error}); the last good one is untouched. Make room, or name another --output_dir")
+        say(f"warning: no checkpoint could be written ({error}); training goes on, the last good one stays. Make room before the next")
+
+    def reason(self, error: BaseException) -> str:
+        return str(error)
 
     def close(self) -> None:
         """At the end of a run, when there is no next: a last one that failed is tried once more.  Raises: UserError where it fails again."""
         self.wait()
         if self.failed:
-            self._start()
+            self.start()
             self.wait()
 
-    def _work(self, state: Mapping[str, Any], path: Path, numbered: Path | None) -> None:
-        try:
-            self.staging.wait()
-            save(numbered or path, state)
-            if numbered:
-                keep_as(numbered, path)
-                remove_old(numbered, self.keep_last)
-            if self.beside:
-                self.beside(path.parent, state)
-            self.latest = None
-        except Exception as error:  # whatever it is, it must not pass for a checkpoint
-            self.error = error
+    def _write(self, state: Mapping[str, Any], path: Path, numbered: Path | None) -> None:
+        self.staging.wait()
+        self.keep(state, path, numbered)
+        if self.beside:
+            self.beside(path.parent, state)
+
+    def keep(self, state: Mapping[str, Any], path: Path, numbered: Path | None) -> None:
+        """Under its names.  Raises: OSError."""
+        save(numbered or path, state)
+        if numbered:
+            keep_as(numbered, path)
+            remove_old(numbered, self.keep_last)
+        remove_unused_parts(path.parent)
 
 
 def keep_as(path: Path, name: Path) -> None:
@@ -129,6 +134,15 @@ def remove_old(newest: Path, keep_last: int | None) -> None:
             path.unlink(missing_ok=True)
 
 
+def remove_unused_parts(folder: Path) -> None:
+    """Those that no checkpoint in the folder says any more."""
+    if parts := [*folder.glob("checkpoint-step-*")]:
+        used = {parts_of(load_plain(path)) for path in folder.glob("checkpoint-*.pth")}
+        for one in parts:
+            if one.name not in used:
+                shutil.rmtree(one, ignore_errors=True)
+
+
 def is_exported(folder: Path) -> bool:
     return (folder / EXPORTED).is_file() and (folder / WEIGHTS).is_file()
 
@@ -155,13 +169,20 @@ def find(resume: str, output_dir: str, flag: str = "--resume") -> Path | None:
     raise UserError(f"{flag} {resume}: {what if path.exists() else 'no such file or folder'}")
 
 
-def load(path: Path, flag: str = "--resume") -> dict[str, Any]:
-    """Read a checkpoint of ours or a published one.  Raises: UserError where it is neither, or would run code."""
+def load_plain(path: Path, flag: str = "--resume") -> Any:
+    """What is in the file.  Raises: UserError where it cannot be read, or would run code."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken zip, a pickle with code in it, a file cut short: each its own exception
         raise UserError(f"{flag} {path}: not a loadable checkpoint ({type(error).__name__}: {one_line(error)})") from error
+
+
+def load(path: Path, flag: str = "--resume") -> dict[str, Any]:
+    """Read a checkpoint of ours or a published one; of one in parts the tensors are Spreads.  Raises: UserError where it is neither, or would run code."""
+    state = load_plain(path, flag)
+    if isinstance(state, dict) and "parts" in state:
+        state |= read_parts(path, state)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{flag} {path}: no checkpoint of a JiT; wanted a dictionary with the key 'model'")
     state["args"] = vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else state.get("args") or {}
@@ -201,6 +222,13 @@ def without_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
     return state
 
 
+@torch.no_grad()
+def load_into(state: Mapping[str, Tensor], values: Mapping[str, Tensor | Spread]) -> None:
+    """The tensors that a state dict refers to."""
+    for name, target in state.items():
+        fill(target, values[name])
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, dict[str, Tensor]]:
     """The optimizer's state by parameter name."""
     names = {param: name for name, param in net.named_parameters()}
@@ -209,11 +237,15 @@ def optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[st
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module, state: Mapping[str, Any]) -> bool:
     """Returns: False, with nothing loaded, for a state that is not by name (a published checkpoint's)."""
-    names = {param: name for name, param in net.named_parameters()}
+    names, params = {param: name for name, param in net.named_parameters()}, dict(net.named_parameters())
     order = [names[param] for group in optimizer.param_groups for param in group["params"]]
     if not set(order) <= set(state):
         return False
     groups = optimizer.state_dict()["param_groups"]
-    state = {name: {key: value.clone() for key, value in state[name].items()} for name in order}  # not mapped to the file any more
+
+    def own(value: Tensor | Spread, param: Tensor) -> Tensor:  # not mapped to the file any more
+        return (shared_as(param, value) if value.shape == param.shape else whole(value)).clone()
+
+    state = {name: {key: own(value, params[name]) for key, value in state[name].items()} for name in order}
     optimizer.load_state_dict({"state": {i: state[name] for i, name in enumerate(order)}, "param_groups": groups})
     return True

@@ -131,8 +131,18 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_world_size() -> int:
+    """Ranks on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def is_main() -> bool:
     return rank() == 0
+
+
+def group_of_cpus() -> dist.ProcessGroup:
+    """A group of all ranks of its own, for a thread that must not meet what the others exchange.  Collective."""
+    return dist.new_group(timeout=ALONE, backend="gloo")
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from config import Averages
 from util.checkpoint import state_of
+from util.sharding import fill
 
 
 class Ema:
@@ -44,7 +45,7 @@ class Ema:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, value in self.average.items():
-            value.copy_(state[name])
+            fill(value, state[name])
 
     @contextmanager
     def applied(self, net: nn.Module) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""How a network is run: on which device, in which precision, compiled or not, by itself or under DDP; in training, and in drawing."""
+"""How a network is run: on which device, in which precision, compiled or not, by itself, under DDP or sharded; in training, and in drawing."""
 
 import copy
 import os
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from util import distributed as dist
 from util.errors import UserError
 from util.logging import say
+from util.sharding import is_sharded
 from util.text import Y
 
 BACKEND = "inductor"
@@ -72,8 +73,12 @@ def compiled(function: Callable) -> Callable:
 def compile_blocks(net: nn.Module, dynamic: bool | None) -> None:
     """Each block by itself: few graphs, and all names stay.  dynamic: False for batches of one size, None for several."""
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    how = {"fullgraph": True, "dynamic": dynamic, "backend": BACKEND}
     for block in net.repeated:
-        block.compile(fullgraph=True, dynamic=dynamic, backend=BACKEND)
+        if is_sharded(block):  # its weights are brought together outside the graph
+            block.forward = torch.compile(block.forward, **how)
+        else:
+            block.compile(**how)
 
 
 def twin(module: nn.Module) -> nn.Module:
@@ -93,15 +98,15 @@ def for_drawing(net: nn.Module, device: torch.device, bf16: bool, compile: bool 
 
 
 def wrap(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network as DDP trains it, or as it is in a world of one.  Collective: starts from rank 0's weights."""
-    if not dist.in_group():
+    """The network as DDP trains it, or as it is where it is sharded, and in a world of one.  Collective: DDP starts from rank 0's weights."""
+    if not dist.in_group() or is_sharded(net):
         return net
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
     return DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True, **{buffers: False})
 
 
 class Parallel:
-    """A network as training calls it: parallel(z_t, t, y) -> x_pred, under DDP where there is a group, under autocast where asked.  Collective to make."""
+    """A network as training calls it: parallel(z_t, t, y) -> x_pred, under DDP where there is a group and it is whole, under autocast where asked.  Collective to make."""
 
     def __init__(self, net: nn.Module, device: torch.device, bf16: bool, compile: bool = False):
         if compile:
@@ -113,5 +118,5 @@ class Parallel:
         return self.call(z_t, t, y)
 
     def keeps_gradients(self, when: bool) -> AbstractContextManager:
-        """Gradients stay on their rank inside: for all but the last part of an accumulated batch."""
+        """Gradients stay on their rank inside: for all but the last part of an accumulated batch. Sharded ones never stay, since they would be whole there."""
         return self.net.no_sync() if when and isinstance(self.net, DistributedDataParallel) else nullcontext()

@@ -39,6 +39,8 @@ def first_lines(job: TrainJob, sizes: Sizes, device: torch.device, bf16: bool) -
     yield f"data: {sizes.pictures} pictures{held_out}, {sizes.steps_per_epoch} steps per epoch, {sizes.workers} loader processes"
     parts = f"{train.batch_size} x {train.accum_iter} accumulated x {processes} processes"
     yield f"batch: {batch} = {parts}; lr {lr:.3e}; {'bf16' if bf16 else 'fp32'} on {device}"
+    if train.parallel != "ddp":
+        yield f"weights, averages and optimizer are shared out among {processes} processes ({train.parallel})"
     if train.lr is None and lr < LOW_LR:
         yield (
             f"warning: --blr {train.blr} and an effective batch of {batch} give a learning rate of {lr:.1e}, below {LOW_LR:.0e}: "

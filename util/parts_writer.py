@@ -1,0 +1,101 @@
+"""Writing the checkpoints of a sharded network: by torch.distributed.checkpoint, each process its own part, while training goes on.
+
+`checkpoint-last.pth` stays the name of the latest one, but is small: in place of the tensors it says `parts`, the folder beside it and their shapes. A folder gets
+its name when all parts are written, and the file is replaced after that, so that a checkpoint is there whole or not at all.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from util import checkpoint
+from util import distributed as dist
+from util.errors import one_line
+from util.parts import SECTIONS, flat
+from util.sharding import is_shared
+
+
+class Folder(HuggingFaceStorageWriter):
+    """Of the parts of one checkpoint, which has another name until rank 0 has heard from all."""
+
+    def __init__(self, path: Path, then: Callable[[Path], None]):
+        """then(folder): what is left to do when it is whole."""
+        super().__init__(str(path.with_name(f".{path.name}.tmp")), save_distributed=True)
+        self.whole, self.then = path, then
+
+    def prepare_global_plan(self, plans):
+        """On rank 0, before anything is written: what a run that was killed has left there is no part of this."""
+        for left in Path(self.path).iterdir():
+            left.unlink()
+        return super().prepare_global_plan(plans)
+
+    def finish(self, metadata, results) -> None:
+        """On rank 0, after all have written."""
+        super().finish(metadata, results)
+        place, again = self.whole, 0
+        while place.exists():  # of the same step, in a run that went another way
+            again += 1
+            place = self.whole.with_name(f"{self.whole.name}-{again}")
+        os.replace(self.path, place)
+        self.then(place)
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """Buffers are the same tensor in every section, and a file of safetensors takes none twice."""
+    return tensor if is_shared(tensor) else tensor.clone()
+
+
+def split(state: Mapping[str, Any], path: Path, then: Callable[[Mapping[str, Any]], None]) -> tuple[dict[str, Tensor], Folder]:
+    """The tensors of a checkpoint and what writes them; then(plain) gets what its file `path` is to hold."""
+    tensors = {name: alone(value) for name, value in flat({name: state[name] for name in SECTIONS if name in state})}
+    plain = {name: value for name, value in state.items() if name not in SECTIONS}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    folder = Folder(path.with_name(f"checkpoint-step-{state.get('step', 0)}"), lambda whole: then(plain | {"parts": {"folder": whole.name, "shapes": shapes}}))
+    return tensors, folder
+
+
+def write_parts(state: Mapping[str, Any], path: Path) -> None:
+    """A checkpoint that one process holds whole.  Raises: OSError."""
+    tensors, folder = split(state, path, lambda plain: checkpoint.save(path, plain))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no group
+        dcp.save(tensors, storage_writer=folder, no_dist=True)
+
+
+class PartsWriter(checkpoint.Writer):
+    """A Writer of all processes together: what fails on one has failed on all.  Collective."""
+
+    def __init__(self, keep_last: int | None, device: torch.device):
+        super().__init__(keep_last)
+        gpu = device.type == "cuda"
+        self.stager = DefaultStager(StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=gpu, use_non_blocking_copy=gpu))
+        self.group, self.copying = dist.group_of_cpus(), None
+
+    def write(self, state: Mapping[str, Any], path: Path, numbered: Path | None = None) -> None:
+        self.wait()
+        self.latest = (state, path, numbered)
+        self.start()
+
+    def reason(self, error: BaseException) -> str:
+        failed = getattr(error, "failures", {})  # of the ranks that have failed, with their tracebacks
+        return ", ".join(f"rank {rank}: {one_line(cause)}" for rank, (cause, _) in failed.items()) or one_line(error)
+
+    def settle(self) -> None:
+        if self.copying:
+            self.copying.result()
+            self.copying = None
+
+    def start(self) -> None:
+        state, path, numbered = self.latest
+        tensors, folder = split(state, path, lambda plain: self.keep(plain, path, numbered))
+        saving = dcp.async_save(tensors, storage_writer=folder, process_group=self.group, async_stager=self.stager)
+        self.work, self.copying = (saving, None) if isinstance(saving, Future) else (saving.upload_completion, saving.staging_completion)
