@@ -302,7 +302,7 @@ class Data(Config):
         "data_format",
         "what --data_path is, where it may be several things",
         "--data_path の形式（自動で決まらないとき）",
-        choices=("auto", "folder", "table", "parquet", "tar"),
+        choices=("auto", "folder", "table", "parquet", "tar", "shards"),
     )
     image_column: str | None = flag(
         None,
@@ -707,6 +707,50 @@ class ReferenceJob:
     inception_weights: str | None
     out: str
     device: str
+
+
+@dataclass(frozen=True)
+class Shards(Config):
+    """How prepare_data.py makes them."""
+
+    out: str = flag("", "out", "a folder; what is there already is not made again", "出力フォルダ。すでにある分は作り直しません")
+    image_format: str = flag(
+        "jpeg",
+        "image_format",
+        "jpeg of quality 95 without chroma subsampling; png, or webp without loss",
+        "jpeg は品質 95、色差の間引きなし。png と webp は可逆",
+        choices=("jpeg", "png", "webp"),
+    )
+    pictures: int = flag(
+        10000,
+        "shard_pictures",
+        "of a shard, where the source is no tar or Parquet files",
+        "シャード 1 個の枚数（元が tar や Parquet でない場合）",
+        bounds=AT_LEAST_1,
+    )
+    min_size: int = flag(0, "min_size", "leave out pictures whose short side is smaller", "短辺がこれより小さい画像を除きます", bounds=NOT_NEGATIVE)
+    duplicates: str = flag(
+        "keep", "duplicates", "pictures that are the same file as one before", "以前の画像と同じファイルである画像の扱い", choices=("keep", "drop")
+    )
+    engine: str = flag(
+        "processes",
+        "engine",
+        "`processes`: of this machine; every torchrun process or task of a Slurm array takes its share. `ray`: of a Ray cluster",
+        "`processes` はこのマシンのプロセス。torchrun の各プロセスや Slurm の配列ジョブの各タスクが分担します。`ray` は Ray クラスタ",
+        choices=("processes", "ray"),
+    )
+
+    def check(self) -> None:
+        require(self.out != "", "--out FOLDER: where to?")
+
+
+@dataclass(frozen=True)
+class PrepareJob:
+    """prepare_data.py."""
+
+    data: Data
+    img_size: int
+    shards: Shards
 
 
 @dataclass(frozen=True)

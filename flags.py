@@ -32,10 +32,12 @@ from config import (
     GenerateJob,
     Job,
     Model,
+    PrepareJob,
     ReferenceJob,
     Run,
     SamplerConfig,
     Save,
+    Shards,
     Sweep,
     SweepJob,
     TextConfig,
@@ -398,6 +400,21 @@ def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:
     require(Path(given["out"]).suffix == ".npz", f"--out {given['out']}: wanted a file name that ends in .npz")
     size, weights = given.get("img_size", Model.img_size), build(Eval, given).inception_weights
     return ReferenceJob(build(Data, given), size, weights, given["out"], build(Run, given).device)
+
+
+def parse_prepare(argv: Sequence[str] | None = None) -> PrepareJob:
+    """prepare_data.py."""
+    shared = ("data_path", "data_format", "image_column", "caption_column", "image_root", "img_size", "missing_captions", "bad_images", "num_workers")
+    parser = Parser("Captioned pictures to tar shards at training size, with an index that all processes map.")
+    for config in (Data, Model, Shards):
+        for known, default, kind in flags_in(config):
+            if known.name in shared or config is Shards:
+                parser.add(parser, known, default, kind)
+    given = parser.read(argv)
+    for config in (Model, Shards):
+        for known, _, _ in flags_in(config):
+            check_value(known, given.get(known.name))
+    return PrepareJob(build(Data, given), given.get("img_size", Model.img_size), build(Shards, given))
 
 
 def parse_export(argv: Sequence[str] | None = None) -> ExportJob:

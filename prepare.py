@@ -18,7 +18,7 @@ import sampling
 from conditioning import Conditioning
 from config import DrawJob, EvaluateJob, SweepJob, TrainJob, to_plain
 from datasets.source import hold_out, make_loader, open_data, workers
-from datasets.stream import Collate, PictureDataset, StreamSampler
+from datasets.stream import BlockShuffle, Collate, PictureDataset, Shuffle, StreamSampler
 from denoiser import Objective, v_loss
 from evaluation.evaluator import Evaluator
 from evaluation.measures import Measure, Subjects
@@ -27,7 +27,7 @@ from evaluation.plan import Plan, find_requested, plan
 from evaluation.text_gap import TextGap, choose
 from resume import Saved, TrainState, Weights, World
 from text_encoder import alike
-from text_features import Texts, prepare, source_of
+from text_features import SAMPLE, Texts, evenly, prepare, source_of
 from transfer import check_origin, transfer
 from util import checkpoint
 from util import distributed as dist
@@ -137,7 +137,7 @@ class Shares:
     """Which pictures are trained on, which are held out, and what decides their order."""
 
     dataset: PictureDataset
-    pictures: Tensor  # indices
+    order: Shuffle | BlockShuffle  # of those that are trained on
     held_out: Tensor  # indices
     world: World
 
@@ -177,7 +177,7 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     planned = plan(request, job.data, dataset, output_dir) if request else None
     subjects = {evaluation.num_images: planned.subjects(model, evaluation.num_images)} if planned else {}
     prompts = sampling.as_prompts(model, None, engine.test_prompts)
-    texts = training_texts(dataset, planned, subjects, prompts) if model.is_text else Texts((), np.arange(0), prompts=prompts)
+    texts = training_texts(job, dataset, planned, lines_of(subjects)) if model.is_text else Texts((), np.arange(0), prompts=prompts)
     conditions = condition(job, texts, saved or (origin if adapters else None), device, origin)
     forget_captions(dataset, conditions)
     measures = planned.measures(job.run.seed) if planned else []
@@ -194,15 +194,16 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
 
 def share_out(job: TrainJob, dataset: PictureDataset) -> Shares:
     processes = dist.world_size()
-    pictures, held_out = hold_out(len(dataset), job.data.held_out if job.model.is_text else 0, job.run.seed)
+    order, held_out = hold_out(dataset, job.data.held_out if job.model.is_text else 0, job.run.seed)
     batch = job.train.effective_batch(processes)
-    return Shares(dataset, pictures, held_out, World(processes, batch, max(1, len(pictures) // batch), dataset.fingerprint(job.data.path)))
+    return Shares(dataset, order, held_out, World(processes, batch, max(1, len(order) // batch), dataset.fingerprint(job.data.path)))
 
 
-def training_texts(dataset: PictureDataset, planned: Plan | None, subjects: Mapping[int, Subjects], prompts: Sequence) -> Texts:
-    """All captions of the data, which the statistics are taken of, and those that evaluations draw besides."""
-    own, asked = len(dataset.captions), lines_of(subjects)
-    return Texts(planned.captions if planned else dataset.captions, np.arange(own), asked[asked >= own], prompts)
+def training_texts(job: TrainJob, dataset: PictureDataset, planned: Plan | None, asked: np.ndarray) -> Texts:
+    """All captions of the data, or a sample of them where features are not kept, which the statistics are taken of; and those that evaluations draw besides."""
+    own = len(dataset.captions)
+    lines = evenly(own, SAMPLE) if job.text.cache == "off" else np.arange(own)
+    return Texts(planned.captions if planned else dataset.captions, lines, asked[asked >= own], sampling.as_prompts(job.model, None, engine.test_prompts))
 
 
 def fresh_state(job: TrainJob, conditions: Conditioning, origin: Saved | None, device: torch.device) -> TrainState:
@@ -266,11 +267,11 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
     compile = uses_compile(job.run.compile, device)
     state.net.grad_checkpointing = train.grad_checkpointing == "blocks"
     trained = sum(p.numel() for p in state.net.parameters() if p.requires_grad)
-    for line in first_lines(job, Sizes(trained, conditions.frozen, len(shares.pictures), len(shares.held_out), steps, workers(job.data)), device, bf16):
+    for line in first_lines(job, Sizes(trained, conditions.frozen, len(shares.order), len(shares.held_out), steps, workers(job.data)), device, bf16):
         say(line)
     taken, parts = position.epoch * steps + position.epoch_step, train.accum_iter
     batches = range(taken * parts, train.epochs * steps * parts)
-    sampler = StreamSampler(shares.pictures, train.batch_size, batches, dist.rank(), world.processes, job.run.seed)
+    sampler = StreamSampler(shares.order, train.batch_size, batches, dist.rank(), world.processes)
     look_up = conditions.conditions if conditions.conditions.in_loader else None
     collate = Collate(look_up, job.diffusion, train.label_drop_prob, job.run.seed)
     skips, board, writer = (
@@ -304,8 +305,9 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
 def text_gap(job: TrainJob, prepared: Prepared) -> Callable[[], dict[str, Tensor]]:
     """On as many held-out pictures as a step takes, between 16 and 64: measuring costs about a step."""
     shares, studio, batch = prepared.shares, prepared.studio, job.train.batch_size
-    pictures, size = shares.held_out if len(shares.held_out) else shares.pictures, min(64, max(16, batch * dist.world_size()))
-    chosen = choose(shares.dataset, pictures[:size].tolist(), size)
+    size = min(64, max(16, batch * dist.world_size()))
+    pictures = shares.held_out[:size].tolist() if len(shares.held_out) else shares.order.first(size)
+    chosen = choose(shares.dataset, pictures, size)
     gap = TextGap(chosen, studio.conditions.conditions, job.diffusion, job.run.seed, batch, studio.painter.device)
 
     def measure() -> dict[str, Tensor]:

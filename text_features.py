@@ -307,8 +307,9 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
     same = origin is not None and alike(origin, description) and origin.get("pooling") == description["pooling"]
     description |= statistics_of(features, distinct, source, origin if same else saved)
     norm, length = norm_of(description), source.encoder.max_text_len
-    row_of = np.full(len(texts.captions), -1)
-    row_of[texts.training_lines], row_of[texts.other_lines] = own, other_rows
+    row_of = np.full(0 if source.cache == "off" else len(texts.captions), -1)
+    if source.cache != "off":
+        row_of[texts.training_lines], row_of[texts.other_lines] = own, other_rows
     if source.encoder.pooling == "tokens":
         conditions = LiveTokens(encoder, texts.captions, length, norm) if source.cache == "off" else StoredTokens(features, row_of, length, norm)
     else:

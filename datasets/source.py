@@ -12,7 +12,8 @@ from config import Data, Model
 from datasets.captioned import CaptionedPictures, Rows
 from datasets.imagenet import ClassFolder
 from datasets.parquet import find_pictures, holds_pictures
-from datasets.stream import Batch, Collate, PictureDataset, StreamSampler, View
+from datasets.shards import PreparedPictures, is_prepared
+from datasets.stream import Batch, BlockShuffle, Collate, PictureDataset, Shuffle, StreamSampler, View
 from datasets.tables import SUFFIXES, find_rows
 from datasets.tar import find_samples
 from datasets.text_image import EXTENSIONS, find_pairs
@@ -46,13 +47,13 @@ def open_pictures(data: Data, img_size: int) -> PictureDataset:
 
 def open_captioned(data: Data, view: View, seed: int = 0) -> CaptionedPictures:
     """Says what is there.  Collective.  Raises: UserError where it cannot be used, before any picture is opened."""
-    path, kind = Path(data.path), format_of(data)
+    path = Path(data.path)
+    if is_prepared(path) and data.format in ("auto", "shards"):
+        return open_prepared(path, view, seed)
+    kind = format_of(data)
     rows = FORMATS[kind](path, data)
     rows.root = rows.root or str(path if path.is_dir() else path.parent)
-    if rows.problems and data.missing == "error":
-        raise UserError(f"--data_path {path}: {'; '.join(rows.problems)}. Mend them, or go on without them by --missing_captions skip")
-    if rows.problems:
-        say(f"--missing_captions skip: left out {'; '.join(rows.problems)}")
+    check_missing(rows, data)
     check_bad(rows, data)
     if not rows.paths:
         raise UserError(f"--data_path {path}: no captioned pictures; wanted {WANTED}")
@@ -62,6 +63,25 @@ def open_captioned(data: Data, view: View, seed: int = 0) -> CaptionedPictures:
         f"{max(lengths)} at most; {rows.twins:,} pictures are the same file as another"
     )
     return CaptionedPictures(rows, view, seed)
+
+
+def open_prepared(path: Path, view: View, seed: int) -> PreparedPictures:
+    """What prepare_data.py made."""
+    dataset = PreparedPictures(path, view, seed)
+    facts = dataset.facts
+    say(
+        f"{path} (shards): {facts['pictures']:,} pictures of {facts['making']['img_size']} pixels in {len(facts['shards']):,} shards, {facts['captions']:,} captions; "
+        f"{facts['left_out']:,} were left out, {facts['duplicates']:,} are the same file as another"
+    )
+    return dataset
+
+
+def check_missing(rows: Rows, data: Data) -> None:
+    """Raises: UserError for pictures without captions, or the other way round, unless they are to be left out."""
+    if rows.problems and data.missing == "error":
+        raise UserError(f"--data_path {data.path}: {'; '.join(rows.problems)}. Mend them, or go on without them by --missing_captions skip")
+    if rows.problems:
+        say(f"--missing_captions skip: left out {'; '.join(rows.problems)}")
 
 
 def check_bad(rows: Rows, data: Data) -> None:
@@ -183,8 +203,12 @@ def batches_of(loader: DataLoader) -> Iterator[Batch]:
     yield from loader
 
 
-def hold_out(size: int, wanted: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Picture indices to train on and to hold out: `wanted`, but a hundredth of all at most."""
-    order = torch.randperm(size, generator=stream(seed, "held out", 0))
+def hold_out(dataset: PictureDataset, wanted: int, seed: int) -> tuple[Shuffle | BlockShuffle, Tensor]:
+    """The order of the pictures to train on, and the indices of those to hold out: `wanted`, but a hundredth of all at most."""
+    size, draws = len(dataset), stream(seed, "held out", 0)
     count = min(wanted, size // 100)
-    return order[count:].sort().values, order[:count]
+    if dataset.in_blocks:
+        held_out = torch.randint(size // max(count, 1), (count,), generator=draws) + torch.arange(count) * (size // max(count, 1))  # one of each part
+        return BlockShuffle(size, held_out, seed), held_out
+    order = torch.randperm(size, generator=draws)
+    return Shuffle(order[count:].sort().values, seed), order[:count]

@@ -79,6 +79,7 @@ class PictureDataset(Dataset):
     Where a picture is broken the next one stands in, and its name travels back with the sample.
     """
 
+    in_blocks = False  # whether there may be more than a shuffle can hold
     bad: Sequence[str] = ()  # a line for each row of the data that is no picture
     root: str | None = None  # what the paths begin with, where it is not the folder of the data
 
@@ -159,28 +160,82 @@ class Collate:
         )
 
 
+class Shuffle:
+    """The order of the pictures that are trained on: shuffled anew every time round."""
+
+    def __init__(self, pictures: Tensor, seed: int):
+        """pictures: their indices, (size,)."""
+        self.pictures, self.seed = pictures, seed
+        self.latest = (-1, pictures)  # the shuffle in use and its number
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def first(self, count: int) -> list[int]:
+        """Pictures that are the same in every run of the seed."""
+        return self.pictures[:count].tolist()
+
+    def some(self, number: int, place: int, count: int) -> list[int]:
+        """At most `count` pictures of the shuffle `number`, from `place` on, at least one."""
+        if self.latest[0] != number:
+            self.latest = (number, self.pictures[torch.randperm(len(self), generator=stream(self.seed, "order", number))])
+        return self.latest[1][place : place + count].tolist()
+
+
+class BlockShuffle:
+    """The same for more pictures than a shuffle can hold: blocks of BLOCK pictures in a row are shuffled, and then the pictures of WINDOW blocks among each other.
+
+    It takes the memory of a number a block, and reads what lies together at nearly the same time. Those held out are left out.
+    """
+
+    BLOCK, WINDOW = 1024, 64
+
+    def __init__(self, size: int, held_out: Tensor, seed: int):
+        self.size, self.held_out, self.seed = size - len(held_out), held_out.sort().values, seed
+        self.before = self.held_out - torch.arange(len(held_out))  # how many are trained on before each
+        self.blocks = (-1, torch.empty(0, dtype=torch.long))
+        self.window = ((-1, -1), torch.empty(0, dtype=torch.long))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def first(self, count: int) -> list[int]:
+        return self.some(0, 0, count)
+
+    def some(self, number: int, place: int, count: int) -> list[int]:
+        window, place = divmod(place, self.BLOCK * self.WINDOW)
+        places = self.shuffled(number, window)[place : place + count]
+        return (places + torch.searchsorted(self.before, places, right=True)).tolist()
+
+    def shuffled(self, number: int, window: int) -> Tensor:
+        """The pictures of a window, among those that are trained on."""
+        if self.window[0] != (number, window):
+            if self.blocks[0] != number:
+                self.blocks = (number, torch.randperm(self.size // self.BLOCK, generator=stream(self.seed, "order of blocks", number)))
+            blocks = self.blocks[1][window * self.WINDOW : (window + 1) * self.WINDOW]
+            places = (blocks[:, None] * self.BLOCK + torch.arange(self.BLOCK)).flatten()
+            if len(blocks) < self.WINDOW:  # the last window, with what is no whole block
+                places = torch.cat([places, torch.arange(self.size // self.BLOCK * self.BLOCK, self.size)])
+            order = torch.randperm(len(places), generator=stream(self.seed, f"order of window {window}", number))
+            self.window = ((number, window), places[order])
+        return self.window[1]
+
+
 class StreamSampler(Sampler):
     """(index, n) of one rank's samples, from where the run begins or goes on to its last step: epochs are none of its matter.
 
     A global batch is batch_size x world samples in a row, cut among the ranks; an accumulated step is several of them.
-    Args: pictures: indices of those that are trained on, (size,); batches: the numbers of the global batches.
+    Args: order: of the pictures that are trained on; batches: the numbers of the global batches.
     """
 
-    def __init__(self, pictures: Tensor, batch_size: int, batches: range, rank: int, world: int, seed: int):
-        self.pictures, self.batch_size, self.batches, self.rank, self.world, self.seed = pictures, batch_size, batches, rank, world, seed
-        self._order = (-1, pictures)  # the shuffle in use and its number
-
-    def order(self, number: int) -> Tensor:
-        if self._order[0] != number:
-            self._order = (number, self.pictures[torch.randperm(len(self.pictures), generator=stream(self.seed, "order", number))])
-        return self._order[1]
+    def __init__(self, order: Shuffle | BlockShuffle, batch_size: int, batches: range, rank: int, world: int):
+        self.order, self.batch_size, self.batches, self.rank, self.world = order, batch_size, batches, rank, world
 
     def indices(self, start: int, stop: int) -> list[int]:
         """Which pictures samples start to stop - 1 are."""
         found: list[int] = []
         while (n := start + len(found)) < stop:
-            number, place = divmod(n, len(self.pictures))
-            found += self.order(number)[place : place + stop - n].tolist()
+            found += self.order.some(*divmod(n, len(self.order)), stop - n)
         return found
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

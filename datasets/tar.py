@@ -69,6 +69,14 @@ def find_samples(shards: Sequence[Path], caption_column: str | None, folder: Pat
     return found
 
 
+def find_in_shard(shard: Path, caption_column: str | None) -> Rows:
+    """The samples of one shard, which is read once and no index kept.  Raises: UserError where it is no tar."""
+    index = make_index(shard, caption_column)
+    places = np.array([(0, entry.offset, entry.size) for entry in index.entries], dtype=np.int64).reshape(-1, 3)
+    names, captions = [f"{shard}/{entry.name}" for entry in index.entries], [entry.captions for entry in index.entries]
+    return Rows(names, captions, Pictures([str(shard)], places), bad=[f"{shard}: {line}" for line in index.bad])
+
+
 class Pictures:
     """pictures(i): the bytes of picture i.  places: (pictures, 3), shard, offset and size."""
 
@@ -77,7 +85,11 @@ class Pictures:
 
     def __call__(self, i: int) -> BinaryIO:
         shard, offset, size = self.places[i].tolist()
-        value = os.pread(open_shard(self.shards[shard]).fileno(), size, offset)
+        return self.at(self.shards[shard], offset, size)
+
+    @staticmethod
+    def at(shard: str, offset: int, size: int) -> BinaryIO:
+        value = os.pread(open_shard(shard).fileno(), size, offset)
         if len(value) < size:
             raise ValueError(f"cut short: {len(value)} of {size} bytes")
         return io.BytesIO(value)

@@ -9,7 +9,7 @@ from PIL import Image
 from config import Data, DiffusionConfig
 from datasets.imagenet import ClassFolder
 from datasets.source import hold_out, workers
-from datasets.stream import Collate, PackedStrings, StreamSampler, View
+from datasets.stream import Collate, PackedStrings, Shuffle, StreamSampler, View
 from datasets.transforms import center_crop, open_rgb, to_uint8
 from denoiser import sample_time
 from util.errors import UserError
@@ -146,21 +146,31 @@ def test_packed_strings_are_the_strings():
 
 
 def test_at_most_a_hundredth_is_held_out_and_never_trained_on():
+    class Pictures:
+        in_blocks = False
+
+        def __init__(self, size):
+            self.size = size
+
+        def __len__(self):
+            return self.size
+
     for size, wanted, count in [(8, 64, 0), (640, 64, 6), (10000, 64, 64), (10000, 0, 0)]:
-        pictures, held = hold_out(size, wanted, seed=1)
-        assert len(held) == count and sorted([*pictures.tolist(), *held.tolist()]) == list(range(size))
-    sampler = StreamSampler(pictures := hold_out(640, 64, seed=1)[0], 10, range(200), 0, 1, seed=1)
-    assert {index for index, _ in sampler} == set(pictures.tolist())
+        order, held = hold_out(Pictures(size), wanted, seed=1)
+        assert len(held) == count and sorted([*order.pictures.tolist(), *held.tolist()]) == list(range(size))
+    order, _ = hold_out(Pictures(640), 64, seed=1)
+    assert {index for index, _ in StreamSampler(order, 10, range(200), 0, 1)} == set(order.pictures.tolist())
 
 
 def stream_of(world: int, batch: int, batches: range = range(6), size: int = 10) -> list[list[tuple[int, int]]]:
-    parts = [list(StreamSampler(torch.arange(size), batch, batches, rank, world, seed=1)) for rank in range(world)]
+    parts = [list(StreamSampler(Shuffle(torch.arange(size), seed=1), batch, batches, rank, world)) for rank in range(world)]
     return [sum((part[i * batch : (i + 1) * batch] for part in parts), []) for i in range(len(batches))]
 
 
 def test_sample_n_is_picture_n_of_the_endless_shuffles():
     for size in (3, 10, 64):  # a batch of 4 begins, ends and lies across shuffles, and holds whole ones
-        sampler = StreamSampler(pictures := torch.arange(100, 100 + size), 4, range(5, 40), 0, 1, seed=1)
+        pictures = torch.arange(100, 100 + size)
+        sampler = StreamSampler(Shuffle(pictures, seed=1), 4, range(5, 40), 0, 1)
         shuffles = [pictures[torch.randperm(size, generator=stream(1, "order", k))] for k in range(160 // size + 1)]
         assert list(sampler) == [(int(shuffles[n // size][n % size]), n) for n in range(20, 160)]
         assert sampler.pictures_of(7, 2) == [int(shuffles[n // size][n % size]) for n in range(28, 36)]

@@ -11,7 +11,7 @@ from conftest import ROOT
 from exporting import package
 
 FLOORS = {
-    5: ("main_jit", "cache_text", "prepare_ref", "export", "convert_checkpoint", "app"),
+    5: ("main_jit", "cache_text", "prepare_ref", "export", "convert_checkpoint", "prepare_data", "app"),
     4: ("flags", "prepare", "evaluation", "exporting", "page"),
     3: ("engine_jit", "sampling", "text_features"),
     2: ("resume", "released", "exported", "transfer", "lora", "conditioning", "text_encoder", "datasets", "denoiser", "models_jit", "models_mmjit"),

@@ -20,7 +20,7 @@ from test_training import assert_same_training, flags, moved, run, weights
 import engine_jit
 import sampling
 from datasets.captioned import CaptionedPictures
-from datasets.stream import StreamSampler
+from datasets.stream import Shuffle, StreamSampler
 from datasets.text_image import read_captions
 from util import checkpoint
 from util import distributed as dist
@@ -561,7 +561,7 @@ def test_ten_such_steps_in_a_row_end_the_run_with_what_reproduces_them(text_data
     with monkeypatch.context() as patch, pytest.raises(UserError, match=message) as error:
         poisoned(patch, set(range(2, 12)))
         run(*argv)
-    sampler = StreamSampler(torch.arange(8), 2, range(16), 0, 1, seed=5)
+    sampler = StreamSampler(Shuffle(torch.arange(8), seed=5), 2, range(16), 0, 1)
     names = [f"{index}.png" for index in sampler.pictures_of(11, 1)]
     assert [os.path.basename(name) for name in str(error.value).split("step 12: ")[1].split(", ")] == names
     poisoned(monkeypatch, set(range(9)))

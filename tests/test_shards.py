@@ -1,0 +1,181 @@
+"""Prepared data: shards, their index, the order of blocks, and who makes them."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import open_text, write_text_data
+from PIL import Image
+from test_training import flags, run, weights
+
+import prepare_data
+from datasets.shards import FACTS, INDEX, PreparedPictures, shard_name
+from datasets.source import hold_out
+from datasets.stream import BlockShuffle, StreamSampler, View
+from flags import parse_prepare
+from util.errors import UserError
+
+
+def prepare(data: Path, out: Path, *more) -> Path:
+    prepare_data.prepare(parse_prepare(["--data_path", str(data), "--out", str(out), "--img_size", "16", "--num_workers", "0", *map(str, more)]))
+    return out
+
+
+def hashes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*.tar"))}
+
+
+@pytest.fixture
+def large_data(tmp_path):
+    """Eleven pictures that are cropped; two of them are the same file."""
+    data = write_text_data(tmp_path / "large", count=11, size=16)
+    rng = np.random.default_rng(1)
+    for i, path in enumerate(sorted((data / "images").iterdir())):
+        Image.fromarray(rng.integers(0, 256, (24 + i, 40, 3), dtype=np.uint8)).save(path)
+    shutil.copy(data / "images" / "0.png", data / "images" / "5.png")
+    return data
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
+def test_a_shard_holds_the_squares_that_training_would_cut(large_data, tmp_path, image_format):
+    made, plain = (
+        PreparedPictures(prepare(large_data, tmp_path / "out", "--shard_pictures", 4, "--image_format", image_format), View(16)),
+        open_text(large_data),
+    )
+    assert len(made) == len(plain) == 11 and [*made.captions] == [*plain.captions] and made.first.tolist() == plain.first.tolist()
+    for i in range(11):
+        off = (made.picture(i).float() - plain.picture(i).float()).abs()
+        assert off.max() == 0 if image_format != "jpeg" else 0 < off.mean() < 8
+    assert len({made.paths[i] for i in range(11)}) == 11 and made.paths[5].endswith(f"shard-000001.tar, byte {made.read.places[5]['offset']}")
+    with tarfile.open(tmp_path / "out" / shard_name(2)) as tar:
+        assert [name.split(".")[0] for name in tar.getnames()] == ["00000000", "00000000", "00000001", "00000001", "00000002", "00000002"]
+        assert tar.extractfile("00000000.txt").read().decode() == plain.captions[plain.first[8]]
+
+
+def test_prepared_data_are_tar_shards_for_others_too(large_data, tmp_path):
+    out = prepare(large_data, tmp_path / "out", "--shard_pictures", 4, "--image_format", "png")
+    (tmp_path / "tars").mkdir()
+    for path in out.glob("*.tar"):
+        shutil.copy(path, tmp_path / "tars")
+    others, ours = open_text(tmp_path / "tars"), open_text(out)
+    assert type(ours) is PreparedPictures and [*others.captions] == [*ours.captions]
+    assert all(torch.equal(others.picture(i), ours.picture(i)) for i in range(11))
+
+
+def test_what_is_broken_too_small_or_there_twice_is_left_out(large_data, tmp_path):
+    (large_data / "images" / "3.png").write_bytes(b"no picture")
+    out = prepare(large_data, tmp_path / "kept", "--shard_pictures", 4, "--min_size", 25)
+    facts = json.loads((out / INDEX / FACTS).read_text())
+    assert (facts["pictures"], facts["left_out"], facts["duplicates"]) == (8, 3, 0)  # 0 and its twin 5 are 24 high
+    out = prepare(large_data, tmp_path / "dropped", "--shard_pictures", 4, "--duplicates", "drop")
+    facts = json.loads((out / INDEX / FACTS).read_text())
+    assert (facts["pictures"], facts["captions"], facts["left_out"], facts["duplicates"]) == (9, 9, 1, 1)
+    plain, made = open_text(large_data), PreparedPictures(out, View(16))
+    kept = [i for i in range(11) if Path(plain.paths[i]).name not in ("3.png", "5.png")]
+    assert [*made.captions] == [plain.captions[plain.first[i]] for i in kept]
+
+
+def test_whoever_makes_a_shard_makes_the_same_bytes_and_none_is_made_again(large_data, tmp_path, monkeypatch):
+    one = hashes(prepare(large_data, tmp_path / "one", "--shard_pictures", 3))
+    assert hashes(prepare(large_data, tmp_path / "two", "--shard_pictures", 3, "--num_workers", 2)) == one and len(one) == 4
+    for task in range(3):  # of a Slurm array; the last one finds everything there
+        for name, value in {"TASK_ID": 5 + task, "TASK_MIN": 5, "TASK_COUNT": 3}.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_{name}", str(value))
+        prepare(large_data, tmp_path / "array", "--shard_pictures", 3)
+        assert (tmp_path / "array" / INDEX).exists() == (task == 2)
+    assert hashes(tmp_path / "array") == one
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    (tmp_path / "one" / shard_name(1)).unlink()
+    monkeypatch.setattr(prepare_data, "prepare_shard", lambda out, number, *rest, make=prepare_data.prepare_shard: number == 1 and make(out, number, *rest))
+    assert hashes(prepare(large_data, tmp_path / "one", "--shard_pictures", 3)) == one
+
+
+def test_tar_shards_become_as_many(large_data, tmp_path):
+    png = prepare(large_data, tmp_path / "png", "--shard_pictures", 4, "--image_format", "png")
+    (tmp_path / "tars").mkdir()
+    for path in png.glob("*.tar"):
+        shutil.copy(path, tmp_path / "tars")
+    again = prepare(tmp_path / "tars", tmp_path / "again", "--image_format", "png")
+    assert hashes(again) == hashes(png)
+
+
+def test_what_cannot_be_used_is_told_in_one_line(large_data, tmp_path):
+    out = prepare(large_data, tmp_path / "out", "--shard_pictures", 4)
+    with pytest.raises(UserError, match=r"was made with .*'img_size': 16.* and this is .*'img_size': 32"):
+        prepare(large_data, out, "--shard_pictures", 4, "--img_size", 32)
+    with pytest.raises(UserError, match="was prepared at 16 pixels, and --img_size is 32; prepare it again at that size"):
+        open_text(out, size=32)
+    with pytest.raises(UserError, match="--data_path .* is not there"):
+        prepare(tmp_path / "nowhere", tmp_path / "x")
+    (out / INDEX / "places").write_bytes(b"")
+    with pytest.raises(UserError, match="its index cannot be read"):
+        open_text(out)
+    (out / shard_name(0)).with_suffix(".safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="shard-000000.safetensors cannot be read .*; remove it and shard-000000.tar, and prepare them again"):
+        prepare(large_data, out, "--shard_pictures", 4)
+
+
+def test_a_shard_is_whole_or_not_there(large_data, tmp_path, monkeypatch):
+    from datasets import shards
+
+    monkeypatch.setattr(shards.Made, "facts", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="cannot be written .*No space left"):
+        prepare(large_data, tmp_path / "out")
+    assert not [*(tmp_path / "out").glob("shard-*.tar")]
+    monkeypatch.undo()
+    prepare(large_data, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", INDEX, "shard-000000.safetensors", "shard-000000.tar"]
+
+
+def test_a_run_trains_on_prepared_pictures_and_resumes_in_the_middle(text_data, llm_folder, tmp_path, monkeypatch):
+    from test_survival import StopAfter
+
+    out = prepare(text_data, tmp_path / "shards", "--shard_pictures", 3, "--image_format", "png")
+    monkeypatch.setattr(BlockShuffle, "BLOCK", 2)
+    monkeypatch.setattr(BlockShuffle, "WINDOW", 2)
+    common = ["--batch_size", 2, "--epochs", 2, "--text_cache", "off"]
+    run(*flags(out, llm_folder(), tmp_path / "whole", *common))
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 3)
+        run(*flags(out, llm_folder(), tmp_path / "parts", *common))
+    run(*flags(out, llm_folder(), tmp_path / "parts", *common, "--resume", tmp_path / "parts"))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert a["step"] == b["step"] == 8 and all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
+
+
+def test_every_picture_is_shown_once_an_epoch_in_blocks(monkeypatch):
+    monkeypatch.setattr(BlockShuffle, "BLOCK", 8)
+    monkeypatch.setattr(BlockShuffle, "WINDOW", 4)
+    for size in (5, 8, 64, 203):
+        held_out = torch.tensor([3, 100, 57, 4])[: size // 50]
+        order = BlockShuffle(size, held_out, seed=3)
+        trained = len(order)
+        sampler = StreamSampler(order, 1, range(3 * trained), 0, 1)
+        shown = [index for index, _ in sampler]
+        for epoch in range(3):
+            assert sorted(shown[epoch * trained : (epoch + 1) * trained]) == sorted(set(range(size)) - set(held_out.tolist()))
+        if size == 203:
+            assert len({tuple(shown[epoch * trained : (epoch + 1) * trained]) for epoch in range(3)}) == 3
+            window = shown[:32]
+            blocks = {(index - int((held_out < index).sum())) // 8 for index in window}
+            assert len(blocks) == 4 and window != sorted(window)  # four blocks, among each other
+    ranks = [[index for index, _ in StreamSampler(BlockShuffle(203, held_out, 3), 5, range(10), rank, 2)] for rank in range(2)]
+    assert [index for batch in range(10) for rank in range(2) for index in ranks[rank][batch * 5 : batch * 5 + 5]] == shown[:100]
+
+
+def test_what_is_held_out_of_blocks_is_never_trained_on():
+    class Many:
+        in_blocks = True
+
+        def __len__(self):
+            return 1_000_000
+
+    order, held_out = hold_out(Many(), 64, seed=0)
+    assert len(held_out) == len(set(held_out.tolist())) == 64 and len(order) == 1_000_000 - 64 and held_out.max() < 1_000_000
+    assert torch.equal(held_out, hold_out(Many(), 64, seed=0)[1]) and not torch.equal(held_out, hold_out(Many(), 64, seed=1)[1])
+    first = order.some(0, 0, 65536)
+    assert len(set(first)) == len(first) == 65536 and not set(first) & set(held_out.tolist())
