@@ -75,7 +75,7 @@ def make_optimizer(net: nn.Module, weight_decay: float, device: torch.device) ->
 def batch_loss(net: Net, batch: Batch, training: Training) -> Tensor:
     """The loss of one batch of the loader; its noise follows from the samples' numbers, as the times and dropped conditions that came with it do."""
     conditions, device = training.conditions, training.device
-    x = to_model_range(batch.pictures.to(device, non_blocking=True))  # pinned by the loader unless --no_pin_mem
+    x = to_model_range(batch.pictures.to(device, non_blocking=True).contiguous())  # pinned by the loader unless --no_pin_mem
     y = (batch.y if conditions.in_loader else conditions(batch.y)).to(device, non_blocking=True)
     y = drop_conditions(y, training.null, to_device(torch.from_numpy(batch.dropped), device))
     t = to_device(torch.from_numpy(batch.t), device)

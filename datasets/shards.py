@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save
+from torch import Tensor
 
 from datasets.captioned import CaptionedPictures, Rows
 from datasets.stream import View
 from datasets.tar import Pictures
-from datasets.transforms import center_crop, open_rgb
+from datasets.transforms import center_crop, open_rgb, to_uint8
 from util.errors import UserError, one_line
 from util.files import write_whole
 
@@ -263,6 +265,13 @@ class PreparedPictures(CaptionedPictures):
         self.paths, self.view, self.seed, self.fingerprints = Names(shards, places), view, seed, {}
         self.bad, self.root = [], str(path)
         self.captions, self.read = MappedStrings(ends, block), MappedPictures(shards, places)
+
+    def picture(self, index: int, n: int | None = None) -> Tensor:
+        """As it lies there, where that is all that is asked for."""
+        image = Image.open(self.file(index))
+        if image.size == (self.img_size, self.img_size) and image.mode == "RGB" and (n is None or self.view.crop == "center"):
+            return to_uint8(image)
+        return super().picture(index, n)
 
     def fingerprint(self, root: str | Path) -> str:
         return self.facts["fingerprint"]

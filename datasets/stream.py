@@ -151,7 +151,7 @@ class Collate:
         pictures, conditions, numbers, passed = zip(*samples)
         raw = torch.tensor(conditions)
         return Batch(
-            pictures=torch.stack(pictures),
+            pictures=torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2),  # as they lie in memory
             y=self.look_up(raw) if self.look_up else raw,
             t=sample_time(normal(self.seed, "t", numbers, ()), self.diffusion).numpy(),
             dropped=(uniform(self.seed, "drop", numbers) < self.drop_prob).numpy(),

@@ -5,7 +5,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,10 +29,17 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], shared: bool = Fa
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems cannot sync a folder; the file is there
-        os.fsync(folder)
-    os.close(folder)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """To the disk: a file, or the names in a folder.  Raises: OSError for a file."""
+    place = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some network file systems cannot sync a folder; the file is there
+            os.fsync(place)
+    finally:
+        os.close(place)
 
 
 def beside(path: str | Path, name: str) -> Path:

@@ -4,23 +4,28 @@
 its name when all parts are written, and the file is replaced after that, so that a checkpoint is there whole or not at all.
 """
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.futures import Future
 
 from util import checkpoint
 from util import distributed as dist
 from util.errors import one_line
-from util.parts import SECTIONS, flat
+from util.files import sync
+from util.parts import OFFSETS, SECTIONS, flat
 from util.sharding import is_shared
 
 
@@ -38,6 +43,18 @@ class Folder(HuggingFaceStorageWriter):
             left.unlink()
         return super().prepare_global_plan(plans)
 
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list]:
+        """This process's part, into one file. As torch's own writer does it, which puts the file together in memory and holds the main thread up for a second in it."""
+        done: Future[list] = Future()
+        if plan.items:
+            tensors = {item.index.fqn: planner.resolve_data(item).detach().contiguous() for item in plan.items}
+            offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in plan.items}
+            path = Path(self.path) / f"part-{plan.storage_data['shard_index']:05d}.safetensors"
+            save_file(tensors, path, {OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"})
+            sync(path)
+        done.set_result([])
+        return done
+
     def finish(self, metadata, results) -> None:
         """On rank 0, after all have written."""
         super().finish(metadata, results)
@@ -46,6 +63,7 @@ class Folder(HuggingFaceStorageWriter):
             again += 1
             place = self.whole.with_name(f"{self.whole.name}-{again}")
         os.replace(self.path, place)
+        sync(place.parent)
         self.then(place)
 
 
@@ -98,4 +116,4 @@ class PartsWriter(checkpoint.Writer):
         state, path, numbered = self.latest
         tensors, folder = split(state, path, lambda plain: self.keep(plain, path, numbered))
         saving = dcp.async_save(tensors, storage_writer=folder, process_group=self.group, async_stager=self.stager)
-        self.work, self.copying = (saving, None) if isinstance(saving, Future) else (saving.upload_completion, saving.staging_completion)
+        self.work, self.copying = (saving, None) if isinstance(saving, futures.Future) else (saving.upload_completion, saving.staging_completion)
