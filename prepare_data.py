@@ -6,10 +6,10 @@ its share; the last to be done writes the index.
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import flags
 from util.errors import UserError, told_in_one_line
@@ -18,66 +18,14 @@ if __name__ == "__main__":
     with told_in_one_line():
         flags.parse_prepare()  # before torch is imported
 
-from config import Data, PrepareJob
-from datasets.captioned import Rows
-from datasets.parquet import find_pictures
-from datasets.shards import Making, build_index, prepare_shard, shard_name
-from datasets.source import FORMATS, check_bad, check_missing, format_of, packed_in, workers
-from datasets.tar import find_in_shard
+from config import PrepareJob
+from datasets.pieces import Piece, make, making_of, pieces_of
+from datasets.shards import build_index, shard_name
+from datasets.source import workers
 from util.errors import need_package
 from util.files import Lock, writable_folder
 from util.logging import progress, say
 from util.stopping import in_worker
-
-
-class Piece(NamedTuple):
-    """What becomes one shard: some rows of the source, or all of one of its files."""
-
-    number: int
-    rows: range | None
-    file: Path | None = None
-
-
-@lru_cache(maxsize=1)
-def listed(data: Data) -> Rows:
-    """The rows of a source that is listed as a whole, once a process.  Raises: UserError where they cannot be used."""
-    rows = FORMATS[format_of(data)](Path(data.path), data)
-    check_missing(rows, data)
-    check_bad(rows, data)
-    return rows
-
-
-def pieces_of(job: PrepareJob) -> list[Piece]:
-    """Tar and Parquet files one by one, without a look inside; the rows of a folder or a table some at a time.  Raises: UserError where there is nothing."""
-    kind = format_of(job.data)
-    if kind in ("tar", "parquet"):
-        found = [Piece(number, None, file) for number, file in enumerate(packed_in(Path(job.data.path))[f".{kind}"])]
-    else:
-        count, each = len(listed(job.data).paths), job.shards.pictures
-        found = [Piece(number, range(start, min(start + each, count))) for number, start in enumerate(range(0, count, each))]
-    if not found:
-        raise UserError(f"--data_path {job.data.path}: no captioned pictures")
-    return found
-
-
-def making_of(job: PrepareJob) -> Making:
-    return Making(job.img_size, job.shards.image_format, job.shards.min_size)
-
-
-def make(piece: Piece, job: PrepareJob) -> int:
-    """The shard of a piece.  Returns: its number.  Raises: UserError, OSError."""
-    if piece.file is None:
-        rows, which = listed(job.data), piece.rows
-    else:
-        data = job.data
-        rows = (
-            find_in_shard(piece.file, data.caption_column)
-            if piece.file.suffix.lower() == ".tar"
-            else find_pictures([piece.file], data.image_column, data.caption_column)
-        )
-        which = range(len(rows.paths))
-    prepare_shard(Path(job.shards.out), piece.number, rows, which, making_of(job))
-    return piece.number
 
 
 def share() -> tuple[int, int]:
@@ -100,15 +48,24 @@ def by_processes(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
 
 
 def by_ray(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
-    """A task a shard on a Ray cluster, which begins one again where its worker or its node died."""
+    """A task a shard on the Ray cluster of RAY_ADDRESS, or of this machine; a shard is begun again where its worker or its node died.
+
+    Every node needs this program at the same path, and sees the data and --out.
+    """
     need_package("ray", "--engine ray")
     import ray
+    import ray.data
 
-    ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    items = ray.data.from_items([{"piece": piece} for piece in pieces], override_num_blocks=len(pieces))
-    made = items.map(lambda item: {"number": make(item["piece"], job)}, max_retries=-1)
-    yield from (row["number"] for row in made.iter_rows())
+    if not pieces:
+        return
+    job = replace(job, data=replace(job.data, path=os.path.abspath(job.data.path)), shards=replace(job.shards, out=os.path.abspath(job.shards.out)))
+    code = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent)}}
+    ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="warning", runtime_env=code)
+    try:
+        made = ray.data.range(len(pieces), override_num_blocks=len(pieces)).map(lambda row: {"number": make(pieces[row["id"]], job)}, num_cpus=1)
+        yield from (row["number"] for row in made.iter_rows())
+    finally:
+        ray.shutdown()
 
 
 ENGINES = {"processes": by_processes, "ray": by_ray}

@@ -2,17 +2,20 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import open_text, write_text_data
+from conftest import ROOT, open_text, write_text_data
 from PIL import Image
 from test_training import flags, run, weights
 
 import prepare_data
+from datasets import pieces
 from datasets.shards import FACTS, INDEX, PreparedPictures, shard_name
 from datasets.source import hold_out
 from datasets.stream import BlockShuffle, StreamSampler, View
@@ -90,7 +93,7 @@ def test_whoever_makes_a_shard_makes_the_same_bytes_and_none_is_made_again(large
     assert hashes(tmp_path / "array") == one
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     (tmp_path / "one" / shard_name(1)).unlink()
-    monkeypatch.setattr(prepare_data, "prepare_shard", lambda out, number, *rest, make=prepare_data.prepare_shard: number == 1 and make(out, number, *rest))
+    monkeypatch.setattr(pieces, "prepare_shard", lambda out, number, *rest, make=pieces.prepare_shard: number == 1 and make(out, number, *rest))
     assert hashes(prepare(large_data, tmp_path / "one", "--shard_pictures", 3)) == one
 
 
@@ -179,3 +182,11 @@ def test_what_is_held_out_of_blocks_is_never_trained_on():
     assert torch.equal(held_out, hold_out(Many(), 64, seed=0)[1]) and not torch.equal(held_out, hold_out(Many(), 64, seed=1)[1])
     first = order.some(0, 0, 65536)
     assert len(set(first)) == len(first) == 65536 and not set(first) & set(held_out.tolist())
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_loses_a_node_makes_the_same_shards(large_data, tmp_path):
+    line = ["--data_path", str(large_data), "--out", str(tmp_path / "out"), "--img_size", "16", "--shard_pictures", "1"]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.ray_nodes", *line], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:] + "".join(path.read_text()[-2000:] for path in (tmp_path / "out").glob("*.txt"))
+    assert "shards: 11; the same to the byte: True" in done.stdout

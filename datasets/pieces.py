@@ -1,0 +1,63 @@
+"""What prepare_data.py cuts a source into, and the shard that is made of each piece; in a module of its own, so that a Ray cluster's workers find it."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from config import Data, PrepareJob
+from datasets.captioned import Rows
+from datasets.parquet import find_pictures
+from datasets.shards import Making, prepare_shard
+from datasets.source import FORMATS, check_bad, check_missing, format_of, packed_in
+from datasets.tar import find_in_shard
+from util.errors import UserError
+
+
+class Piece(NamedTuple):
+    """What becomes one shard: some rows of the source, or all of one of its files."""
+
+    number: int
+    rows: range | None
+    file: Path | None = None
+
+
+@lru_cache(maxsize=1)
+def listed(data: Data) -> Rows:
+    """The rows of a source that is listed as a whole, once a process.  Raises: UserError where they cannot be used."""
+    rows = FORMATS[format_of(data)](Path(data.path), data)
+    check_missing(rows, data)
+    check_bad(rows, data)
+    return rows
+
+
+def pieces_of(job: PrepareJob) -> list[Piece]:
+    """Tar and Parquet files one by one, without a look inside; the rows of a folder or a table some at a time.  Raises: UserError where there is nothing."""
+    kind = format_of(job.data)
+    if kind in ("tar", "parquet"):
+        found = [Piece(number, None, file) for number, file in enumerate(packed_in(Path(job.data.path))[f".{kind}"])]
+    else:
+        count, each = len(listed(job.data).paths), job.shards.pictures
+        found = [Piece(number, range(start, min(start + each, count))) for number, start in enumerate(range(0, count, each))]
+    if not found:
+        raise UserError(f"--data_path {job.data.path}: no captioned pictures")
+    return found
+
+
+def making_of(job: PrepareJob) -> Making:
+    return Making(job.img_size, job.shards.image_format, job.shards.min_size)
+
+
+def make(piece: Piece, job: PrepareJob) -> int:
+    """The shard of a piece.  Returns: its number.  Raises: UserError, OSError."""
+    if piece.file is None:
+        rows, which = listed(job.data), piece.rows
+    else:
+        data = job.data
+        rows = (
+            find_in_shard(piece.file, data.caption_column)
+            if piece.file.suffix.lower() == ".tar"
+            else find_pictures([piece.file], data.image_column, data.caption_column)
+        )
+        which = range(len(rows.paths))
+    prepare_shard(Path(job.shards.out), piece.number, rows, which, making_of(job))
+    return piece.number
