@@ -48,7 +48,7 @@ def open_pictures(data: Data, img_size: int) -> PictureDataset:
 def open_captioned(data: Data, view: View, seed: int = 0) -> CaptionedPictures:
     """Says what is there.  Collective.  Raises: UserError where it cannot be used, before any picture is opened."""
     path = Path(data.path)
-    if is_prepared(path) and data.format in ("auto", "shards"):
+    if data.format == "shards" or (data.format == "auto" and is_prepared(path)):
         return open_prepared(path, view, seed)
     kind = format_of(data)
     rows = FORMATS[kind](path, data)

@@ -182,8 +182,8 @@ def test_every_flag_changes_the_job_and_is_explained():
 
 def test_help_and_what_flags_alone_decide_come_without_torch():
     cannot_work = {"prepare_ref.py": ["--img_size", "0", "--out", "x.npz"], "export.py": ["--out", "x"], "app.py": ["--port", "0"]}
-    cannot_work["convert_checkpoint.py"] = ["--out", "x.pth"]
-    for program in ("main_jit.py", "cache_text.py", "prepare_ref.py", "export.py", "convert_checkpoint.py", "app.py"):
+    cannot_work |= {"convert_checkpoint.py": ["--out", "x.pth"], "prepare_data.py": ["--out", "x", "--shard_pictures", "0"]}
+    for program in ("main_jit.py", "cache_text.py", "prepare_ref.py", "export.py", "convert_checkpoint.py", "prepare_data.py", "app.py"):
         for argv, code in ((["--help"], 0), (["--no_such_flag"], 2), (cannot_work.get(program, ["--img_size", "250"]), 1)):
             start = time.perf_counter()
             done = subprocess.run([sys.executable, program, *argv], cwd=ROOT, capture_output=True, text=True)
@@ -241,6 +241,7 @@ def check_command(line: str) -> None:
         "main_jit.py": flags.parse,
         "cache_text.py": flags.parse_cache,
         "prepare_ref.py": flags.parse_reference,
+        "prepare_data.py": flags.parse_prepare,
         "export.py": flags.parse_export,
         "convert_checkpoint.py": flags.parse_convert,
     }
@@ -328,7 +329,7 @@ def test_the_readmes_are_for_a_reader_in_a_hurry(name):
 @pytest.mark.parametrize("name", [page for pair in PAIRS for page in pair])
 def test_flags_and_links_on_every_page_are_there(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    others = {f"--{known.name}" for job in (flags.ExportJob, flags.AppJob) for known, _, _ in flags.flags_in(job)}
+    others = {f"--{known.name}" for job in (flags.ExportJob, flags.ConvertJob, flags.Shards, flags.AppJob) for known, _, _ in flags.flags_in(job)}
     known = {*flags.get_parser().options, *others, "--help", "--out", "--text_pooling", "--nproc_per_node", "--max-restarts", "--signals-to-handle"}
     assert set(re.findall(r"`(--[\w-]+)", text)) <= known
     for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):

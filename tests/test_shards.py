@@ -112,6 +112,8 @@ def test_what_cannot_be_used_is_told_in_one_line(large_data, tmp_path):
         prepare(large_data, out, "--shard_pictures", 4, "--img_size", 32)
     with pytest.raises(UserError, match="was prepared at 16 pixels, and --img_size is 32; prepare it again at that size"):
         open_text(out, size=32)
+    with pytest.raises(UserError, match="its index cannot be read"):
+        open_text(large_data, format="shards")
     with pytest.raises(UserError, match="--data_path .* is not there"):
         prepare(tmp_path / "nowhere", tmp_path / "x")
     (out / INDEX / "places").write_bytes(b"")
