@@ -89,7 +89,8 @@ def kill_and_restart(run: Path, args: argparse.Namespace, rng: random.Random, se
         found["starts that went on from a checkpoint"] += step_of(run) > 0
         process = start(command(args.out, run, args, found["kills"]), run / "log.txt")
         try:
-            if code := process.wait(rng.uniform(0, (4 if args.changing else 1.5) * seconds))  # torchrun and several processes take longer to start:
+            patience = (4 if args.changing else 1.5) * seconds  # several processes take longer to start
+            if code := process.wait(rng.uniform(0, patience)):
                 raise SystemExit(f"the run ended by itself with {code} after {found['kills']} kills; see {run / 'log.txt'}")
             print(f"done before the last kill, after {found['kills']}; give more --epochs for more", flush=True)
             return found

@@ -356,7 +356,7 @@ def test_one_list_of_dependencies():
 
     pip = next(part["pip"] for part in yaml.safe_load((ROOT / "environment.yaml").read_text())["dependencies"] if isinstance(part, dict))
     extras = {extra: names(lines) for extra, lines in project["optional-dependencies"].items()}
-    optional = set().union(*(extras[extra] for extra in ("app", "lora", "export", "data", "track")))
+    optional = set().union(*(extras[extra] for extra in ("app", "lora", "export", "data", "track", "ray")))
     assert names(pip) == (names(project["dependencies"]) | extras["demo"] | extras["dev"]) - optional - {"playwright"} and optional <= extras["dev"]
 
 
