@@ -22,6 +22,7 @@ from exporting import card, package
 from sampling import load_painter
 from util import checkpoint, hub
 from util.logging import say
+from util.sharding import whole
 
 
 def export(job: ExportJob) -> Path:
@@ -48,7 +49,7 @@ def export(job: ExportJob) -> Path:
         if text and job.with_text_encoder:
             text = text | bring_along(llm, text, model / TEXT_ENCODER)
         facts = {"job": drawn_with(saved.job, text), "step": saved.progress.step, "weights": job.weights}
-        write(model, weights, text, facts, job.dtype)
+        write(model, {name: whole(value) for name, value in weights.items()}, text, facts, job.dtype)
         if job.diffusers:
             package.add_code(building)
         card.write(building, job, saved, path)

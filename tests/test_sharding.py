@@ -18,8 +18,9 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 import convert_checkpoint
+import export
 import main_jit
-from flags import parse
+from flags import parse, parse_export
 from util import checkpoint
 from util import distributed as dist
 from util.errors import UserError
@@ -183,6 +184,20 @@ def test_parts_become_one_file_and_parts_again(tmp_path, capsys):
         with pytest.raises(SystemExit):
             convert_checkpoint.main(argv)
         assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_in_parts_draws_exports_and_begins_other_runs_as_the_file_does(train, tmp_path):
+    out = train("file", 0, "--batch_size", 4, "--epochs", 1)
+    (tmp_path / "parts").mkdir()
+    convert_checkpoint.main(["--resume", str(out), "--out", str(tmp_path / "parts" / checkpoint.LAST), "--parts"])
+    found = {}
+    for folder in (out, tmp_path / "parts"):
+        main_jit.run(parse(["--generate", "--resume", str(folder), "--device", "cpu", "--prompt", "赤い三"]))
+        export.export(parse_export(["--resume", str(folder), "--out", str(folder / "exported"), "--with_text_encoder"]))
+        begun = train(f"from {folder.name}", 0, "--batch_size", 4, "--epochs", 1, "--init_from", folder)
+        found[folder] = [(folder / "samples" / "0000.png").read_bytes(), (folder / "exported" / "model.safetensors").read_bytes(), tensors(begun)]
+    (a, b, c), (d, e, f) = found.values()
+    assert a == d and b == e and all(torch.equal(value, f[name]) for name, value in c.items())
 
 
 def cut(path: Path) -> None:
