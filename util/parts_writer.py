@@ -34,7 +34,7 @@ class Folder(HuggingFaceStorageWriter):
 
     def __init__(self, path: Path, then: Callable[[Path], None]):
         """then(folder): what is left to do when it is whole."""
-        super().__init__(str(path.with_name(f".{path.name}.tmp")), save_distributed=True)
+        super().__init__(str(path.with_name(".checkpoint-parts.tmp")), save_distributed=True)  # one name, so that nothing is left but the last
         self.whole, self.then = path, then
 
     def prepare_global_plan(self, plans):
