@@ -243,7 +243,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module, state
         return False
     groups = optimizer.state_dict()["param_groups"]
 
-    def own(value: Tensor | Spread, param: Tensor) -> Tensor:  # not mapped to the file any more
+    def own(value: Any, param: Tensor) -> Any:  # not mapped to the file any more
+        if not isinstance(value, Tensor | Spread):  # another optimizer's than AdamW may hold numbers
+            return value
         return (shared_as(param, value) if value.shape == param.shape else whole(value)).clone()
 
     state = {name: {key: own(value, params[name]) for key, value in state[name].items()} for name in order}
