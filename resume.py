@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -70,11 +70,13 @@ class Weights:
     @contextmanager
     def drawing(self, which: str) -> Iterator[None]:
         """Inside, `drawn` computes with an average, "1" or "2", or with the network's own weights, "raw".  Collective where it is sharded."""
-        ema = None if which == "raw" else self.emas[int(which) - 1]
-        swapped = nullcontext() if ema is None or self.copy else ema.applied(self.net)
-        weights = ema.average if ema else dict(self.net.named_parameters())
-        with holding(self.copy, weights) if self.copy else swapped:
+        with self._computing_with(None if which == "raw" else self.emas[int(which) - 1]):
             yield
+
+    def _computing_with(self, ema: Ema | None) -> AbstractContextManager:
+        if self.copy:
+            return holding(self.copy, ema.average if ema else dict(self.net.named_parameters()))
+        return ema.applied(self.net) if ema else nullcontext()
 
 
 @dataclass(kw_only=True)

@@ -129,11 +129,11 @@ class Made:
 # --- the index
 
 
-def read_facts(shard: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Raises: UserError where they are damaged."""
+def read_facts(shard: Path, only: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """only: the one array that is wanted.  Raises: UserError where they are damaged."""
     try:
         with safe_open(facts_beside(shard), "np") as file:
-            return json.loads(file.metadata()["facts"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return json.loads(file.metadata()["facts"]), {name: file.get_tensor(name) for name in ([only] if only else file.keys())}
     except Exception as error:  # cut short, no safetensors: safetensors' own exception
         raise UserError(f"{facts_beside(shard)} cannot be read ({one_line(error)}); remove it and {shard.name}, and prepare them again") from error
 
@@ -185,7 +185,7 @@ class Duplicates:
     """Which pictures are the file of one before."""
 
     def __init__(self, out: Path, shards: Sequence[Path]):
-        hashes = [read_facts(shard)[1]["hashes"] for shard in shards]
+        hashes = [read_facts(shard, "hashes")[1]["hashes"] for shard in shards]
         self.starts = np.cumsum([0, *map(len, hashes)])
         self.first = np.zeros(self.starts[-1], dtype=bool)
         self.first[np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]), return_index=True)[1]] = True

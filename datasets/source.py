@@ -18,6 +18,7 @@ from datasets.tables import SUFFIXES, find_rows
 from datasets.tar import find_samples
 from datasets.text_image import EXTENSIONS, find_pairs
 from util import broken
+from util import distributed as dist
 from util.errors import UserError
 from util.files import beside
 from util.logging import say
@@ -180,7 +181,7 @@ def format_of(data: Data) -> str:
 def workers(data: Data) -> int:
     """Loader processes: as asked, at most this process's share of the machine's cores, and one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(data.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(data.workers, max(1, cores // dist.local_world_size()))
 
 
 def make_loader(dataset: PictureDataset, sampler: StreamSampler, collate: Collate, data: Data, device: torch.device) -> DataLoader:

@@ -167,7 +167,7 @@ def keep(path: Path, index: Index, facts: list) -> bool:
 
 def make_indices(shards: Sequence[Path], caption_column: str | None) -> Iterator[Index]:
     """In as many processes as this rank has cores."""
-    count = min(len(shards), len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    count = min(len(shards), len(os.sched_getaffinity(0)) // dist.local_world_size())
     make = partial(make_index, caption_column=caption_column)
     if count < 2:
         yield from map(make, shards)

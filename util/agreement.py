@@ -9,6 +9,7 @@ import torch
 
 from util import distributed as dist
 from util.errors import UserError
+from util.parts import flat
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = {"data.path", "data.image_root", "text.encoder.llm", "text.folder", "run.device"}  # a node may have its copy elsewhere; what is in it is compared
@@ -25,15 +26,7 @@ def code_version() -> str:
 
 def of_run(plain: Mapping[str, Any]) -> dict[str, Any]:
     """What all processes of a run should have in common before they look at anything.  plain: the job."""
-    return {"the code": code_version(), "torch": torch.__version__} | {name: value for name, value in settings(plain) if name not in OWN}
-
-
-def settings(plain: Mapping[str, Any], before: str = ""):
-    for name, value in plain.items():
-        if isinstance(value, Mapping):
-            yield from settings(value, f"{before}{name}.")
-        else:
-            yield before + name, value
+    return {"the code": code_version(), "torch": torch.__version__} | {name: value for name, value in flat(plain, separator=".") if name not in OWN}
 
 
 def agree(facts: Mapping[str, Any]) -> None:

@@ -20,11 +20,11 @@ SEPARATOR = "/"
 OFFSETS = "DCP_SHARDING_INFO"  # in a file's metadata, as torch writes it
 
 
-def flat(state: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def flat(state: Mapping[str, Any], before: str = "", separator: str = SEPARATOR) -> Iterator[tuple[str, Any]]:
     """What is in nested dictionaries, by the path to it."""
     for name, value in state.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{before}{name}{SEPARATOR}")
+            yield from flat(value, f"{before}{name}{separator}", separator)
         else:
             yield before + name, value
 
