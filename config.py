@@ -751,6 +751,8 @@ class PrepareJob:
     data: Data
     img_size: int
     shards: Shards
+    text: TextConfig | None  # what encodes captions; None: pictures alone
+    device: str
 
 
 @dataclass(frozen=True)

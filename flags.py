@@ -404,17 +404,21 @@ def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:
 
 def parse_prepare(argv: Sequence[str] | None = None) -> PrepareJob:
     """prepare_data.py."""
-    shared = ("data_path", "data_format", "image_column", "caption_column", "image_root", "img_size", "missing_captions", "bad_images", "num_workers")
+    shared = ("data_path", "data_format", "image_column", "caption_column", "image_root", "img_size", "missing_captions", "bad_images", "num_workers", "device")
     parser = Parser("Captioned pictures to tar shards at training size, with an index that all processes map.")
-    for config in (Data, Model, Shards):
+    for config in (Data, Model, Shards, TextConfig, Run):
         for known, default, kind in flags_in(config):
-            if known.name in shared or config is Shards:
-                parser.add(parser, known, default, kind)
+            if known.name in shared or config in (Shards, TextConfig):
+                shown = "none: pictures alone" if known.name == "llm_model_name" else known.shown
+                parser.add(parser, replace(known, shown=shown), default, kind)
     given = parser.read(argv)
     for config in (Model, Shards):
         for known, _, _ in flags_in(config):
             check_value(known, given.get(known.name))
-    return PrepareJob(build(Data, given), given.get("img_size", Model.img_size), build(Shards, given))
+    text = build(TextConfig, given) if "llm_model_name" in given else None
+    idle = [known.name for known, _, _ in flags_in(TextConfig) if known.name in given and not text]
+    require(not idle, f"--{'/'.join(idle)} has no effect without --llm_model_name, which encodes the captions too")
+    return PrepareJob(build(Data, given), given.get("img_size", Model.img_size), build(Shards, given), text, build(Run, given).device)
 
 
 def parse_export(argv: Sequence[str] | None = None) -> ExportJob:

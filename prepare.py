@@ -17,6 +17,7 @@ import resume
 import sampling
 from conditioning import Conditioning
 from config import DrawJob, EvaluateJob, SweepJob, TrainJob, to_plain
+from datasets.prepared import Beside
 from datasets.source import hold_out, make_loader, open_data, workers
 from datasets.stream import BlockShuffle, Collate, PictureDataset, Shuffle, StreamSampler
 from denoiser import Objective, v_loss
@@ -27,7 +28,7 @@ from evaluation.plan import Plan, find_requested, plan
 from evaluation.text_gap import TextGap, choose
 from resume import Saved, TrainState, Weights, World
 from text_encoder import alike
-from text_features import SAMPLE, Texts, evenly, prepare, source_of
+from text_features import SAMPLE, Texts, evenly, prepare, source_of, usable_beside
 from transfer import check_origin, transfer
 from util import checkpoint
 from util import distributed as dist
@@ -117,7 +118,8 @@ def prepare_evaluation(job: EvaluateJob | SweepJob, saved: Saved) -> Evaluator:
     agree_on_data(dataset, saved, job.data.path)
     planned = plan(request, job.data, dataset, output_dir)
     subjects = {count: planned.subjects(model, count) for count in counts}
-    texts = Texts(planned.captions if model.is_text else (), lines_of(subjects), prompts=sampling.as_prompts(model, None, engine.test_prompts))
+    prompts, beside = sampling.as_prompts(model, None, engine.test_prompts), beside_of(job, dataset)
+    texts = Texts(planned.captions if model.is_text else (), lines_of(subjects), prompts=prompts, beside=beside)
     studio = studio_of(job, texts, saved, device)
     forget_captions(dataset, studio.conditions)
     return studio.evaluator(job, planned.measures(job.run.seed), subjects, str(path))
@@ -200,10 +202,16 @@ def share_out(job: TrainJob, dataset: PictureDataset) -> Shares:
 
 
 def training_texts(job: TrainJob, dataset: PictureDataset, planned: Plan | None, asked: np.ndarray) -> Texts:
-    """All captions of the data, or a sample of them where features are not kept, which the statistics are taken of; and those that evaluations draw besides."""
-    own = len(dataset.captions)
-    lines = evenly(own, SAMPLE) if job.text.cache == "off" else np.arange(own)
-    return Texts(planned.captions if planned else dataset.captions, lines, asked[asked >= own], sampling.as_prompts(job.model, None, engine.test_prompts))
+    """All captions of the data, or a sample of them where features are not kept, or lie beside the pictures; and those that evaluations draw besides."""
+    own, beside = len(dataset.captions), beside_of(job, dataset)
+    lines = evenly(own, SAMPLE) if job.text.cache == "off" or beside else np.arange(own)
+    prompts = sampling.as_prompts(job.model, None, engine.test_prompts)
+    return Texts(planned.captions if planned else dataset.captions, lines, asked[asked >= own], prompts, beside)
+
+
+def beside_of(job: TrainJob | DrawJob, dataset: PictureDataset | None) -> Beside | None:
+    """Where the features of prepared pictures' captions lie, if they are what this job asks for."""
+    return usable_beside(source_of(job, any_captions=True), dataset.beside) if dataset and job.text else None
 
 
 def fresh_state(job: TrainJob, conditions: Conditioning, origin: Saved | None, device: torch.device) -> TrainState:

@@ -1,11 +1,13 @@
 """Captioned pictures to tar shards at training size: `python prepare_data.py --data_path DIR --img_size 256 --out shards`, and then `--data_path shards` everywhere.
 
+With --llm_model_name the features of their captions are put beside them, for models that read them pooled.
 Each shard is made whole or not at all, the same to the byte by whoever makes it, and none that is there is made again. Under torchrun, and as tasks of a Slurm array, every process takes
 its share; the last to be done writes the index.
 """
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -20,8 +22,13 @@ if __name__ == "__main__":
 
 from config import PrepareJob
 from datasets.pieces import Piece, make, making_of, pieces_of
-from datasets.shards import build_index, shard_name
+from datasets.prepared import build_index
+from datasets.shards import features_beside, shard_name
 from datasets.source import workers
+from engine_jit import test_prompts
+from text_beside import Encoding, statistics
+from text_encoder import LanguageModel
+from util import distributed as dist
 from util.errors import need_package
 from util.files import Lock, writable_folder
 from util.logging import progress, say
@@ -40,15 +47,28 @@ def by_processes(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
     number, count = share()
     mine = [piece for piece in pieces if piece.number % count == number]
     processes = min(len(mine), workers(job.data))
-    if processes < 2:
-        yield from (make(piece, job) for piece in mine)
-        return
-    with get_context("fork").Pool(processes, in_worker, (0,)) as pool:
-        yield from pool.imap_unordered(partial(make, job=job), mine)
+    with get_context("fork").Pool(processes, in_worker, (0,)) if processes > 1 else nullcontext() as pool:
+        made = pool.imap_unordered(partial(make, job=job), mine) if pool else (make(piece, job) for piece in mine)
+        yield from map(encoding(job), made) if job.text else made
+
+
+def encoding(job: PrepareJob) -> Encoding:
+    """What encodes captions in this process, on its GPU."""
+    return Encoding(job.text, Path(job.shards.out), dist.device_of(job.device), test_prompts)
+
+
+class EncodingActor:
+    """The same in a process of a Ray cluster that keeps its language model."""
+
+    def __init__(self, job: PrepareJob):
+        self.encoding = encoding(job)
+
+    def __call__(self, row: dict[str, int]) -> dict[str, int]:
+        return {"number": self.encoding(int(row["number"]))}
 
 
 def by_ray(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
-    """A task a shard on the Ray cluster of RAY_ADDRESS, or of this machine; a shard is begun again where its worker or its node died.
+    """A task a shard on the Ray cluster of RAY_ADDRESS, or of this machine, and an actor a GPU that encodes captions; both are begun again where their worker or node died.
 
     Every node needs this program at the same path, and sees the data and --out.
     """
@@ -63,6 +83,10 @@ def by_ray(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
     ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="warning", runtime_env=code)
     try:
         made = ray.data.range(len(pieces), override_num_blocks=len(pieces)).map(lambda row: {"number": make(pieces[row["id"]], job)}, num_cpus=1)
+        if job.text:
+            gpus = int(ray.cluster_resources().get("GPU", 0))
+            takes = {"num_gpus": 1} if gpus else {"num_cpus": 0}
+            made = made.map(EncodingActor, fn_constructor_args=(job,), concurrency=(1, max(1, gpus)), **takes)
         yield from (row["number"] for row in made.iter_rows())
     finally:
         ray.shutdown()
@@ -71,11 +95,18 @@ def by_ray(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
 ENGINES = {"processes": by_processes, "ray": by_ray}
 
 
+def is_done(out: Path, piece: Piece, job: PrepareJob) -> bool:
+    shard = out / shard_name(piece.number)
+    return shard.exists() and (not job.text or features_beside(shard).exists())
+
+
 def prepare(job: PrepareJob) -> None:
     """Raises: UserError where it cannot be done."""
     out = writable_folder(job.shards.out, "--out")
     pieces = pieces_of(job)
-    missing = [piece for piece in pieces if not (out / shard_name(piece.number)).exists()]
+    if job.text:
+        LanguageModel(job.text)  # is told of before anything is made
+    missing = [piece for piece in pieces if not is_done(out, piece, job)]
     say(f"{job.data.path}: {len(pieces):,} shards of {job.img_size} pixels, {len(missing):,} of them to be made")
     try:
         with progress(len(missing), "shards", unit="shard") as bar:
@@ -88,8 +119,7 @@ def prepare(job: PrepareJob) -> None:
 
 def finish(out: Path, pieces: Sequence[Piece], job: PrepareJob) -> None:
     """Write the index, if this is the process that was done last."""
-    shards = [out / shard_name(piece.number) for piece in pieces]
-    left = sum(not shard.exists() for shard in shards)
+    left = sum(not is_done(out, piece, job) for piece in pieces)
     if left:
         say(f"{left:,} shards are left to others; whoever makes the last writes the index")
         return
@@ -98,7 +128,8 @@ def finish(out: Path, pieces: Sequence[Piece], job: PrepareJob) -> None:
     except UserError:
         say("another process writes the index")
         return
-    facts = build_index(out, shards, making_of(job), job.shards.duplicates == "drop")
+    shards = [out / shard_name(piece.number) for piece in pieces]
+    facts = build_index(out, shards, making_of(job), job.shards.duplicates == "drop", statistics if job.text else None)
     lock.file.close()
     say(
         f"{out}: {facts['pictures']:,} pictures and {facts['captions']:,} captions; {facts['left_out']:,} were left out, {facts['duplicates']:,} are the same file as another"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from conditioning import Conditioning, FeatureNorm, LiveText, LiveTokens, StoredText, StoredTokens, norm_of, packed
 from config import DrawJob, TextConfig, TextSource, TrainJob
+from datasets.prepared import Beside
 from text_encoder import LanguageModel, TextEncoder, alike, normalize, usual_dtype
 from util import distributed as dist
 from util import feature_store as disk
@@ -38,13 +39,14 @@ MUCH_DISK = 0.5  # share of the free disk that a store may take in silence
 class Texts(Sequence):
     """What a run may ask features of, in this order: the captions at `training_lines` and at `other_lines`, the prompts, the empty string.
 
-    Statistics are taken of the training lines alone.
+    Statistics are taken of the training lines alone.  beside: where the features of the first len(beside) captions lie, if they lie beside their pictures.
     """
 
     captions: Sequence[str]
     training_lines: np.ndarray
     other_lines: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     prompts: Sequence[str] = ()
+    beside: Beside | None = None
 
     @cached_property
     def lines(self) -> np.ndarray:
@@ -189,14 +191,20 @@ def fill_store(folder: Path, model: PinnedModel, texts: Texts, keys: np.ndarray,
     if dist.is_main():
         disk.remove_stale(folder)
         check_room(folder, encoder, texts, missing)
-        if disk.read_manifest(folder) is None:
-            disk.write_manifest(folder, {**model.description, "stored": "float16", "width": encoder.width, "parameters": encoder.parameters})
-    dist.barrier()
-    manifest = disk.read_manifest(folder) or {}
-    disk.check_manifest(folder, manifest, model.description)  # another job may have been quicker
+    manifest = begin_store(folder, model, encoder)
     for part, arrays in encode_shares(encoder, texts, keys, missing, lambda part: (folder / disk.shard_name(part)).exists()):
         disk.write_shard(folder / disk.shard_name(part), manifest, arrays)
     dist.barrier()
+
+
+def begin_store(folder: Path, model: PinnedModel, encoder: TextEncoder) -> dict[str, Any]:
+    """Returns: its manifest, written if there was none.  Collective.  Raises: UserError where that is of other features."""
+    if dist.is_main() and disk.read_manifest(folder) is None:
+        disk.write_manifest(folder, {**model.description, "stored": "float16", "width": encoder.width, "parameters": encoder.parameters})
+    dist.barrier()
+    manifest = disk.read_manifest(folder) or {}
+    disk.check_manifest(folder, manifest, model.description)  # another job may have been quicker
+    return manifest
 
 
 def check_room(folder: Path, encoder: TextEncoder, texts: Texts, missing: np.ndarray) -> None:
@@ -222,11 +230,11 @@ def size_of(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def from_disk(folder: Path, model: PinnedModel, manifest: Mapping[str, Any], texts: Texts, keys: np.ndarray) -> FeatureStore:
+def from_disk(folder: Path, model: PinnedModel, texts: Texts, keys: np.ndarray) -> FeatureStore:
     """A store that holds all `texts`; where it lacks some, and only there, the LLM is loaded and encodes them.  Collective."""
-    if manifest:
+    if manifest := stored_manifest(folder):
         disk.check_manifest(folder, manifest, model.description)
-    store = FeatureStore(folder, dist.from_main(disk.shard_names(folder)))
+    store = opened(folder, texts)
     distinct = disk.first_of_each(keys)
     missing = distinct[store.find(keys[distinct]) < 0]
     say(f"text store {folder}: holds {len(distinct) - len(missing)} of {len(distinct)} texts" + ("" if len(missing) else "; the LLM is not loaded"))
@@ -234,8 +242,14 @@ def from_disk(folder: Path, model: PinnedModel, manifest: Mapping[str, Any], tex
         if dist.is_main():
             writable_folder(folder, "--text_cache_dir")
         fill_store(folder, model, texts, keys, missing)
-        store = FeatureStore(folder, dist.from_main(disk.shard_names(folder)))
+        store = opened(folder, texts)
     return store
+
+
+def opened(folder: Path, texts: Texts) -> FeatureStore:
+    """The shards of a store, without those beside pictures where `texts` knows of them.  Collective."""
+    beside = set(texts.beside.names if texts.beside else ())
+    return FeatureStore(folder, dist.from_main([name for name in disk.shard_names(folder) if name not in beside]))
 
 
 def say_lengths(features: FeatureRows, own: np.ndarray, rows: np.ndarray, limit: int) -> None:
@@ -256,7 +270,7 @@ def stored_manifest(folder: Path) -> dict[str, Any]:
 
 def store_folder(source: TextSource, data_path: str, output_dir: str) -> Path:
     """--text_cache_dir, else beside the data; in output_dir where nothing can be written there and no store is there yet."""
-    name = "text_cache_tokens" if source.encoder.pooling == "tokens" else "text_cache"
+    name = disk.FOLDERS[source.encoder.pooling]
     kept = beside(data_path, name)
     usable = kept.is_dir() or os.access(kept.parent, os.W_OK)
     return Path(source.folder or (kept if usable else Path(output_dir) / name))
@@ -271,15 +285,79 @@ def source_of(job: TrainJob | DrawJob, any_captions: bool) -> TextSource:
 
 def build_store(config: TextConfig, folder: Path, captions: Sequence[str], prompts: Sequence[str], device: torch.device) -> None:
     """The store that `prepare` would build, ahead of time.  Collective."""
-    manifest = stored_manifest(folder)
-    model = PinnedModel(config, {}, manifest, device)
+    model = PinnedModel(config, {}, stored_manifest(folder), device)
     texts = Texts(captions, np.arange(len(captions)), prompts=prompts)
     keys = texts.keys()
-    store = from_disk(folder, model, manifest, texts, keys)
+    store = from_disk(folder, model, texts, keys)
     rows = store.find(keys)
     say_lengths(store, np.unique(rows[: len(captions)]), np.unique(rows), config.max_text_len)
     size = sum((folder / name).stat().st_size for name in store.names)
     say(f"text store {folder}: complete, {len(store)} texts in {size / 1e6:.1f} MB, {size / len(store):.0f} bytes each")
+
+
+class RowsBeside:
+    """rows[numbers of captions] -> rows, of those beside their pictures and of the others after them."""
+
+    def __init__(self, beside: Beside, others: np.ndarray):
+        """others: of the captions from len(beside) on."""
+        self.beside, self.others = beside, others
+
+    def __getitem__(self, lines: np.ndarray) -> np.ndarray:
+        found, ours = np.empty(len(lines), np.int64), lines < len(self.beside)
+        found[ours], found[~ours] = self.beside[lines[ours]], self.others[lines[~ours] - len(self.beside)]
+        return found
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Features of texts, and the rows of what is asked first."""
+
+    features: FeatureRows
+    own: np.ndarray  # rows of the training lines
+    extra: np.ndarray  # of the prompts, and of nothing
+    row_of: np.ndarray | RowsBeside | None  # of every caption; None where the LLM reads captions in every step
+    encoder: TextEncoder | None = None  # where it had to be loaded
+
+
+def look_up(features: FeatureRows, texts: Texts, keys: np.ndarray, encoder: TextEncoder | None = None) -> Lookup:
+    """By what a store knows texts by."""
+    rows, row_of = features.find(keys), np.full(len(texts.captions), -1)
+    own, _, extra = np.split(rows, [len(texts.training_lines), len(texts.lines)])
+    row_of[texts.lines] = rows[: len(texts.lines)]
+    return Lookup(features, own, extra, row_of, encoder)
+
+
+def look_up_live(model: PinnedModel, texts: Texts) -> Lookup:
+    """A sample of the captions, in memory.  Collective."""
+    sample = texts.training_lines[evenly(len(texts.training_lines), SAMPLE)]
+    return replace(look_up_in_memory(model, replace(texts, training_lines=sample, other_lines=sample[:0])), row_of=None)
+
+
+def look_up_in_memory(model: PinnedModel, texts: Texts) -> Lookup:
+    """Collective."""
+    keys, encoder = texts.keys(), model.load()
+    return look_up(in_memory(encoder, texts, keys), texts, keys, encoder)
+
+
+def look_up_on_disk(folder: Path, model: PinnedModel, texts: Texts) -> Lookup:
+    """Collective."""
+    keys = texts.keys()
+    return look_up(from_disk(folder, model, texts, keys), texts, keys)
+
+
+def look_up_beside(folder: Path, model: PinnedModel, texts: Texts) -> Lookup:
+    """Captions of prepared pictures by their numbers, all others in the same store by its keys.  Collective."""
+    beside, nothing = texts.beside, texts.lines[:0]
+    others = look_up_on_disk(folder, model, replace(texts, training_lines=texts.lines[texts.lines >= len(beside)], other_lines=nothing))
+    features = FeatureStore(folder, [*beside.names, *others.features.names], [*beside.counts, *np.diff(others.features.starts).tolist()])
+    row_of = RowsBeside(beside, others.row_of[len(beside) :] + beside.size)
+    return Lookup(features, row_of[texts.training_lines], others.extra + beside.size, row_of)
+
+
+def usable_beside(source: TextSource, beside: Beside | None) -> Beside | None:
+    """Where the source's store is the one beside the pictures, and still there.  source: with its folder."""
+    there = beside and source.cache == "disk" and source.encoder.pooling == "mean" and Path(source.folder or "") == beside.folder
+    return beside if there and (beside.folder / disk.MANIFEST).is_file() else None
 
 
 def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: torch.device, origin: Mapping[str, Any] | None = None) -> Conditioning:
@@ -290,32 +368,27 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
     Raises: UserError where `saved` tells of other features.
     """
     folder = Path(source.folder or "")
-    manifest = stored_manifest(folder) if source.cache == "disk" else {}
-    model = PinnedModel(source.encoder, saved, manifest, device)
-    if source.cache == "off":
-        texts = replace(texts, training_lines=texts.training_lines[evenly(len(texts.training_lines), SAMPLE)], other_lines=texts.other_lines[:0])
-    keys = texts.keys()
-    encoder = None if source.cache == "disk" else model.load()
-    features = in_memory(encoder, texts, keys) if encoder else from_disk(folder, model, manifest, texts, keys)
-    frozen = encoder.parameters if encoder else (disk.read_manifest(folder) or {}).get("parameters", 0)
-    rows = features.find(keys)
-    own, other_rows, prompt_rows, null_row = np.split(rows, [len(texts.training_lines), len(texts.lines), len(rows) - 1])
-    distinct = np.unique(own)
-    say_lengths(features, distinct, np.unique(rows), source.encoder.max_text_len)
+    model = PinnedModel(source.encoder, saved, stored_manifest(folder) if source.cache == "disk" else {}, device)
+    if source.cache == "disk":
+        found = (look_up_beside if texts.beside else look_up_on_disk)(folder, model, texts)
+    else:
+        found = (look_up_live if source.cache == "off" else look_up_in_memory)(model, texts)
+    features, distinct, length = found.features, np.unique(found.own), source.encoder.max_text_len
+    others = found.extra if found.row_of is None else np.concatenate([found.extra, found.row_of[texts.other_lines]])
+    say_lengths(features, distinct, np.unique(np.concatenate([distinct, others])), length)
 
     description = {**model.description, "width": features.width, "text_norm": source.norm}
     same = origin is not None and alike(origin, description) and origin.get("pooling") == description["pooling"]
-    description |= statistics_of(features, distinct, source, origin if same else saved)
-    norm, length = norm_of(description), source.encoder.max_text_len
-    row_of = np.full(0 if source.cache == "off" else len(texts.captions), -1)
-    if source.cache != "off":
-        row_of[texts.training_lines], row_of[texts.other_lines] = own, other_rows
+    noted = texts.beside.statistics if texts.beside else {}
+    description |= statistics_of(features, distinct, source, {**noted, **(origin if same else saved)})
+    norm = norm_of(description)
     if source.encoder.pooling == "tokens":
-        conditions = LiveTokens(encoder, texts.captions, length, norm) if source.cache == "off" else StoredTokens(features, row_of, length, norm)
+        live, stored, last = LiveTokens, StoredTokens, length
     else:
-        null = read_rows(features, null_row, source.encoder, norm)
-        conditions = LiveText(encoder, texts.captions, null, norm) if source.cache == "off" else StoredText(features, row_of, null, norm)
-    prompts = read_rows(features, prompt_rows, source.encoder, norm)
+        live, stored, last = LiveText, StoredText, read_rows(features, found.extra[-1:], source.encoder, norm)
+    conditions = live(found.encoder, texts.captions, last, norm) if found.row_of is None else stored(features, found.row_of, last, norm)
+    frozen = found.encoder.parameters if found.encoder else (disk.read_manifest(folder) or {}).get("parameters", 0)
+    prompts = read_rows(features, found.extra[:-1], source.encoder, norm)
     return Conditioning(conditions, prompts, description, features.width, frozen, bytes_each(features, distinct, source.encoder))
 
 

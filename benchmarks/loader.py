@@ -21,7 +21,8 @@ from PIL import Image
 
 from config import Data, DiffusionConfig
 from datasets.captioned import CaptionedPictures
-from datasets.shards import FACTS, INDEX, PLACE, VERSION, Making
+from datasets.prepared import FACTS, INDEX, PLACE
+from datasets.shards import VERSION, Making
 from datasets.source import make_loader, open_captioned
 from datasets.stream import Collate, Shuffle, StreamSampler, View
 

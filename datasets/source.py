@@ -12,7 +12,7 @@ from config import Data, Model
 from datasets.captioned import CaptionedPictures, Rows
 from datasets.imagenet import ClassFolder
 from datasets.parquet import find_pictures, holds_pictures
-from datasets.shards import PreparedPictures, is_prepared
+from datasets.prepared import PreparedPictures, is_prepared
 from datasets.stream import Batch, BlockShuffle, Collate, PictureDataset, Shuffle, StreamSampler, View
 from datasets.tables import SUFFIXES, find_rows
 from datasets.tar import find_samples

@@ -56,13 +56,6 @@ class PackedStrings(Sequence):
         self.ends = np.cumsum([len(part) for part in encoded], dtype=np.int64)
         self.block = b"".join(encoded)
 
-    def __add__(self, other: "PackedStrings") -> "PackedStrings":
-        if not len(other):
-            return self
-        both = PackedStrings(())
-        both.ends, both.block = np.concatenate([self.ends, len(self.block) + other.ends]), self.block + other.block
-        return both
-
     def __len__(self) -> int:
         return len(self.ends)
 
@@ -71,6 +64,19 @@ class PackedStrings(Sequence):
             raise IndexError(i)
         i %= len(self)
         return self.block[self.ends[i - 1] if i else 0 : self.ends[i]].decode("utf-8", "surrogateescape")
+
+
+class Joined(Sequence):
+    """Those of one sequence, and after them those of another."""
+
+    def __init__(self, first: Sequence[str], second: Sequence[str]):
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, i: int) -> str:
+        return self.first[i] if i < len(self.first) else self.second[i - len(self.first)]
 
 
 class PictureDataset(Dataset):
@@ -82,6 +88,7 @@ class PictureDataset(Dataset):
     in_blocks = False  # whether there may be more than a shuffle can hold
     bad: Sequence[str] = ()  # a line for each row of the data that is no picture
     root: str | None = None  # what the paths begin with, where it is not the folder of the data
+    beside = None  # where the features of its captions lie: a `Beside` for prepared pictures
 
     def __init__(self, paths: Iterable[str], view: View, seed: int = 0):
         self.paths, self.view, self.seed = PackedStrings(paths), view, seed

@@ -9,7 +9,7 @@ import torch
 
 from config import NEIGHBOURHOOD, Data, Eval, Model
 from datasets.source import workers
-from datasets.stream import PackedStrings, PictureDataset
+from datasets.stream import Joined, PackedStrings, PictureDataset
 from datasets.text_image import files_below, read_captions
 from evaluation.measures import Alignment, Frechet, Manifold, Measure, Subjects
 from evaluation.references import Kept, find_kept, make_reference, spread
@@ -67,7 +67,7 @@ class Request:
     config: Eval
     networks: Networks
     reference: Reference | None  # that of --fid_stats, on rank 0
-    captions: PackedStrings  # those of --eval_captions
+    captions: Sequence[str]  # those of --eval_captions
 
 
 def find_requested(config: Eval, model: Model, counts: Sequence[int], device: torch.device) -> Request:
@@ -97,9 +97,9 @@ class Plan:
     kept: dict[str, Kept]  # the data's own statistics, by figure
 
     @cached_property
-    def captions(self) -> PackedStrings:
+    def captions(self) -> Sequence[str]:
         """The data's, and after them those of --eval_captions; `Subjects` of a text model hold their numbers."""
-        return (self.dataset.captions if self.dataset else PackedStrings(())) + self.request.captions
+        return Joined(self.dataset.captions if self.dataset else (), self.request.captions)
 
     def subjects(self, model: Model, count: int) -> Subjects:
         """What `count` pictures are to show: as many labels of each class, or captions spread over those of --eval_captions or the data.

@@ -269,13 +269,27 @@ def test_rows_are_found_by_key_and_travel_to_other_processes_by_name(llm_folder,
     assert (disk.FeatureRows([]).find(keys) == -1).all()
 
 
+def test_a_store_of_more_shards_than_may_be_open_reads_the_same(llm_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "SHARD_ROWS", 4)
+    prepare(tmp_path, llm_folder())
+    keys = disk.keys_of(text_features.normalize(caption) for caption in MANY)
+    all_open = disk.FeatureStore(tmp_path, disk.shard_names(tmp_path))
+    monkeypatch.setattr(disk, "MOST_OPEN", 2)
+    few_open = disk.FeatureStore(tmp_path, disk.shard_names(tmp_path))
+    rows = few_open.find(keys)[np.random.default_rng(0).permutation(len(keys))]
+    assert torch.equal(few_open(rows), all_open(rows)) and np.array_equal(few_open.lengths(rows), all_open.lengths(rows))
+    assert len(few_open.names) > 8 and few_open.shards.opened.cache_info().currsize == 2
+
+
 def test_token_features_are_stored_without_padding(llm_folder, tmp_path):
     text_features.build_store(TextConfig(str(llm_folder()), 40, "last", pooling="tokens", dtype="fp32"), tmp_path, MANY, [], CPU)
     store = disk.FeatureStore(tmp_path, disk.shard_names(tmp_path))
     rows = store.find(disk.keys_of(text_features.normalize(caption) for caption in MANY))
     states, lengths = store.tokens(rows)
     encoder = LanguageModel(TextConfig(str(llm_folder()), 40, "last")).load(CPU)
-    assert lengths.tolist() == store.lengths(rows).tolist() and sum(len(shard["features"]) for shard in store.shards) == store._column("lengths").sum()
+    assert (
+        lengths.tolist() == store.lengths(rows).tolist() and sum(len(shard["features"]) for shard in store.shards) == store.lengths(np.arange(len(store))).sum()
+    )
     means = torch.stack([part.float().mean(0) for part in states.split(lengths.tolist())])
     torch.testing.assert_close(means, encoder.encode(MANY), rtol=2e-3, atol=2e-3)
     with pytest.raises(UserError, match="made with pooling 'tokens', this run's would be with 'mean'"):

@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, open_text, write_text_data
+from conftest import ROOT, load_encoder, open_text, write_text_data
 from PIL import Image
-from test_training import flags, run, weights
+from test_training import assert_same_training, flags, run, weights
 
 import prepare_data
 from datasets import pieces
-from datasets.shards import FACTS, INDEX, PreparedPictures, shard_name
+from datasets.prepared import FACTS, INDEX, PreparedPictures
+from datasets.shards import Made, shard_name
 from datasets.source import hold_out
 from datasets.stream import BlockShuffle, StreamSampler, View
 from flags import parse_prepare
+from text_encoder import LanguageModel
 from util.errors import UserError
+from util.feature_store import FeatureStore
 
 
 def prepare(data: Path, out: Path, *more) -> Path:
@@ -152,6 +155,72 @@ def test_a_run_trains_on_prepared_pictures_and_resumes_in_the_middle(text_data, 
     assert a["step"] == b["step"] == 8 and all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
 
 
+# --- captions' features beside the pictures
+
+
+@pytest.fixture
+def told_data(large_data):
+    """Pictures with one to three captions, some the same."""
+    for i, path in enumerate(sorted((large_data / "captions").iterdir())):
+        path.write_text("\n".join(f"{i % 4} 番の写真、{'とても' * k}赤い" for k in range(1 + i % 3)), encoding="utf-8")
+    return large_data
+
+
+def test_features_lie_beside_their_pictures_in_the_order_of_the_captions(told_data, llm_folder, tmp_path):
+    llm = llm_folder()
+    encoder = load_encoder(llm, layer="mean")
+    for name, more in (("all", []), ("distinct", ["--duplicates", "drop"])):
+        dataset = open_text(prepare(told_data, tmp_path / name, "--llm_model_name", llm, "--shard_pictures", 4, *more))
+        beside, captions = dataset.beside, [*dataset.captions]
+        features, rows = FeatureStore(beside.folder, beside.names, beside.counts), beside[np.arange(len(captions))]
+        assert len(captions) == len(beside) == (21 if name == "all" else 20) and beside.size == 21 and len(beside.names) == 3
+        torch.testing.assert_close(features(rows), torch.cat([encoder.encode([caption]) for caption in captions]), atol=2e-3, rtol=2e-3)
+        assert features.lengths(rows).tolist() == [len(ids) for ids in encoder.token_ids(captions)]
+        torch.testing.assert_close(beside.statistics["mean"][0], features(rows).mean(0), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(beside.statistics["std"][0], features(rows).std(0, correction=0), atol=1e-5, rtol=1e-4)
+
+
+def test_features_are_added_to_shards_that_are_there_and_made_once(told_data, llm_folder, tmp_path, monkeypatch):
+    out, llm = prepare(told_data, tmp_path / "out", "--shard_pictures", 4), llm_folder()
+    before = hashes(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Made, "square", None)  # no picture is read again
+        prepare(told_data, out, "--shard_pictures", 4, "--llm_model_name", llm)
+    stored = {path.name: path.read_bytes() for path in (out / "text_cache").iterdir()}
+    assert hashes(out) == before and len(stored) == 3 + 1 + 1  # shards, prompts, manifest
+    for task in range(2):  # of a Slurm array
+        for name, value in {"TASK_ID": task, "TASK_COUNT": 2}.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_{name}", str(value))
+        prepare(told_data, tmp_path / "array", "--shard_pictures", 4, "--llm_model_name", llm, "--num_workers", 2)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "array" / "text_cache").iterdir()} == stored
+    monkeypatch.setattr(LanguageModel, "load", None)  # the language model is not read again
+    prepare(told_data, out, "--shard_pictures", 4, "--llm_model_name", llm)
+    with pytest.raises(UserError, match="--max_text_len/llm_layer has no effect without --llm_model_name"):
+        prepare(told_data, out, "--max_text_len", 5, "--llm_layer", "last")
+    with pytest.raises(UserError, match="--llm_model_name"):
+        prepare(told_data, tmp_path / "none", "--llm_model_name", tmp_path / "nowhere")
+    assert not (tmp_path / "none" / shard_name(0)).exists()
+
+
+def test_a_run_reads_features_beside_its_pictures_without_the_language_model(told_data, llm_folder, tmp_path, monkeypatch):
+    llm = llm_folder()
+    out = prepare(told_data, tmp_path / "shards", "--shard_pictures", 4, "--image_format", "png", "--llm_model_name", llm)
+    asked = tmp_path / "asked.txt"
+    asked.write_text("だれも見たことのない写真\n", encoding="utf-8")
+    common = ["--batch_size", 2, "--epochs", 2, "--text_norm", "rms"]
+    run(*flags(out, llm, tmp_path / "looked_up", *common, "--text_cache_dir", tmp_path / "store"))
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "load", None)
+        run(*flags(out, llm, tmp_path / "beside", *common))
+        run(*flags(out, llm, tmp_path / "standardized", *common[:-2]))
+    assert_same_training(weights(tmp_path / "looked_up"), weights(tmp_path / "beside"), exact=False)
+    noted = open_text(out).beside.statistics
+    assert torch.equal(weights(tmp_path / "standardized")["text"]["mean"], noted["mean"])
+    drawn = ["--evaluate_gen", "--resume", str(tmp_path / "standardized"), "--num_images", "4", "--inception_weights", "none", "--save_images"]
+    for captions in ([], ["--eval_captions", str(asked)]):
+        run("--data_path", str(out), *drawn, *captions)
+
+
 def test_every_picture_is_shown_once_an_epoch_in_blocks(monkeypatch):
     monkeypatch.setattr(BlockShuffle, "BLOCK", 8)
     monkeypatch.setattr(BlockShuffle, "WINDOW", 4)
@@ -187,8 +256,8 @@ def test_what_is_held_out_of_blocks_is_never_trained_on():
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_that_loses_a_node_makes_the_same_shards(large_data, tmp_path):
-    line = ["--data_path", str(large_data), "--out", str(tmp_path / "out"), "--img_size", "16", "--shard_pictures", "1"]
+def test_a_ray_cluster_that_loses_a_node_makes_the_same_shards(told_data, llm_folder, tmp_path):
+    line = ["--data_path", str(told_data), "--out", str(tmp_path / "out"), "--img_size", "16", "--shard_pictures", "1", "--llm_model_name", str(llm_folder())]
     done = subprocess.run([sys.executable, "-m", "benchmarks.ray_nodes", *line], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:] + "".join(path.read_text()[-2000:] for path in (tmp_path / "out").glob("*.txt"))
-    assert "shards: 11; the same to the byte: True" in done.stdout
+    assert "shards: 11, with features: 11; the same to the byte: True" in done.stdout

@@ -29,18 +29,24 @@ def init(device: str) -> torch.device:
     NCCL connects at once, so what is wrong with it shows before hours of encoding.
     Args: device: "cuda", "cpu" or "auto" (a GPU where there is one).  Raises: UserError for a GPU that is not there, or that is another rank's.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    place = torch.device("cuda", gpu_of(local_rank(), gpus)) if device == "cuda" or (device == "auto" and gpus) else None
-    if place:
+    place = device_of(device)
+    on_gpu = place.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(place)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         store, number, count = next(dist.rendezvous("env://", timeout=ALONE))
         store.set_timeout(ALONE)
-        if place:
+        if on_gpu:
             claim(place, store, number)
-        backend = "cpu:gloo,cuda:nccl" if place else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=ALONE, device_id=place)
-    return place or torch.device("cpu")
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=ALONE, device_id=place if on_gpu else None)
+    return place
+
+
+def device_of(device: str) -> torch.device:
+    """This process's.  Raises: as init."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.device("cuda", gpu_of(local_rank(), gpus)) if device == "cuda" or (device == "auto" and gpus) else torch.device("cpu")
 
 
 def gpu_of(number: int, gpus: int) -> int:

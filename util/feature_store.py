@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from util.errors import UserError
 from util.files import write_whole
 
 MANIFEST = "manifest.json"
+FOLDERS = {"mean": "text_cache", "tokens": "text_cache_tokens"}  # by pooling
 SHARD_ROWS = 1024
+MOST_OPEN = 16_384  # shards: the kernel lets a process have 65,530 maps
 STALE = 600  # seconds after which a half-written file is a dead job's: a shard takes less than one to write
 FLAGS = {"llm": "--llm_model_name", "max_text_len": "--max_text_len", "layer": "--llm_layer", "dtype": "--llm_dtype"}
 
@@ -114,9 +117,10 @@ def write_shard(path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, Te
 class FeatureRows:
     """Features by row, out of arrays in memory or mapped from files.  rows_of(numbers) -> (B, width) float32, the pooled features."""
 
-    def __init__(self, shards: Sequence[Mapping[str, np.ndarray]]):
+    def __init__(self, shards: Sequence[Mapping[str, np.ndarray]], counts: Iterable[int] = ()):
+        """counts: captions of each shard, where that is known without a look inside."""
         self.shards = shards
-        self.starts = np.cumsum([0, *(len(shard["keys"]) for shard in shards)])
+        self.starts = np.cumsum([0, *(counts or (len(shard["keys"]) for shard in shards))])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -125,52 +129,72 @@ class FeatureRows:
     def width(self) -> int:
         return self.shards[0]["features"].shape[1]
 
-    def _column(self, name: str) -> np.ndarray:
-        return np.concatenate([shard[name] for shard in self.shards])
-
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Row of each key, (n,) int64; -1 where there is none."""
         if not len(self):
             return np.full(len(keys), -1)
-        held = np.frombuffer(self._column("keys").tobytes(), dtype="S16")
+        held = np.concatenate([shard["keys"] for shard in self.shards]).view("S16")[:, 0]
         order = np.argsort(held, kind="stable")
         at = np.minimum(np.searchsorted(held, keys, sorter=order), len(held) - 1)
         return np.where(held[order[at]] == keys, order[at], -1)
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of those captions before the cut, (n,)."""
-        return self._column("lengths")[rows]
+        return self._values("lengths", rows)
 
     def unknown(self, rows: np.ndarray) -> np.ndarray:
         """Whether those captions hold characters that the tokenizer does not know, (n,) bool."""
-        return self._column("unknown")[rows]
-
-    def _places(self, rows: np.ndarray) -> Iterable[tuple[Mapping[str, np.ndarray], int]]:
-        at = np.searchsorted(self.starts, rows, side="right") - 1
-        return ((self.shards[shard], row) for shard, row in zip(at.tolist(), (rows - self.starts[at]).tolist()))
+        return self._values("unknown", rows)
 
     def __call__(self, rows: np.ndarray) -> Tensor:
-        chosen = np.empty((len(rows), self.width), dtype=np.float16)
-        for i, (shard, row) in enumerate(self._places(rows)):
-            chosen[i] = shard["features"][row]
-        return torch.from_numpy(chosen).float()
+        return torch.from_numpy(self._values("features", rows)).float()
+
+    def _values(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """What stands at those rows of an array, (n, ...); each shard is opened once."""
+        like, at = self.shards[0][name], self._shard_of(rows)
+        found, order = np.empty((len(rows), *like.shape[1:]), like.dtype), np.argsort(at, kind="stable")
+        shards, firsts = np.unique(at[order], return_index=True)
+        for shard, chosen in zip(shards.tolist(), np.split(order, firsts[1:])):
+            found[chosen] = self.shards[shard][name][rows[chosen] - self.starts[shard]]
+        return found
+
+    def _shard_of(self, rows: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, rows, side="right") - 1
 
     def tokens(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """States of all valid tokens, caption after caption, (tokens, width) float16, and how many are each caption's, (B,)."""
-        found = [torch.from_numpy(shard["features"][slice(*shard["offsets"][row : row + 2])]) for shard, row in self._places(rows)]
+        at = self._shard_of(rows)
+        places = ((self.shards[shard], row) for shard, row in zip(at.tolist(), (rows - self.starts[at]).tolist()))
+        found = [torch.from_numpy(shard["features"][slice(*shard["offsets"][row : row + 2])]) for shard, row in places]
         return torch.cat([torch.empty(0, self.width, dtype=torch.float16), *found]), torch.tensor([len(states) for states in found], dtype=torch.long)
 
 
-class FeatureStore(FeatureRows):
-    """The shards `names` of a folder, opened read-only; what is read lies once in the machine's memory, whatever the number of processes."""
+class OpenShards(Sequence):
+    """The shards of a folder by number, opened read-only and checked as they are asked for; the latest MOST_OPEN stay open."""
 
     def __init__(self, folder: Path, names: Sequence[str]):
-        self.folder, self.names = folder, list(names)
-        settings = settings_digest(read_manifest(folder) or {})
-        super().__init__([open_shard(folder / name, settings) for name in names])
+        self.names, settings = names, settings_digest(read_manifest(folder) or {})
+        self.opened = lru_cache(MOST_OPEN)(lambda number: open_shard(folder / names[number], settings))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        return self.opened(number)
+
+
+class FeatureStore(FeatureRows):
+    """The shards `names` of a folder; what is read lies once in the machine's memory, whatever the number of processes.
+
+    Without `counts` all are opened and checked at once.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], counts: Sequence[int] = ()):
+        self.folder, self.names, self.counts = folder, list(names), counts
+        super().__init__(OpenShards(folder, self.names), counts)
 
     def __reduce__(self):  # to another process by name, not by content
-        return type(self), (self.folder, self.names)
+        return type(self), (self.folder, self.names, self.counts)
 
 
 def shard_names(folder: Path) -> list[str]:

@@ -1,0 +1,213 @@
+"""Prepared data: shards, and an index that is written once and mapped into memory by all processes.
+
+`build_index` puts what is known of all shards into arrays in `index/`. Opening a hundred million pictures takes no time then, and next to no memory a process.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from datasets.captioned import CaptionedPictures
+from datasets.shards import VERSION, Making, MappedStrings, features_beside, read_facts
+from datasets.stream import View
+from datasets.tar import Pictures
+from datasets.transforms import to_uint8
+from util.errors import UserError, one_line
+from util.feature_store import FOLDERS
+
+INDEX, FACTS, TEXT_STATISTICS = "index", "facts.json", "text_statistics.safetensors"
+PLACE = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8")])
+
+
+def build_index(
+    out: Path, shards: Sequence[Path], making: Making, drop_duplicates: bool, statistics: Callable[["Beside"], dict[str, Tensor]] | None = None
+) -> dict[str, Any]:
+    """The arrays of all shards, in a folder that is there whole or not at all.
+
+    statistics: of the captions' features, where each shard has them beside it.
+    Returns: what it says of them.  Raises: UserError, OSError.
+    """
+    part = out / f".{INDEX}.tmp"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    seen = Duplicates(out, shards)
+    counts = {"pictures": 0, "captions": 0, "characters": 0, "duplicates": 0, "left_out": 0}
+    names, made, indexed, fingerprint = [], [], [], hashlib.sha256()
+    with (
+        open(part / "places", "wb") as places,
+        open(part / "counts", "wb") as numbers,
+        open(part / "lengths", "wb") as lengths,
+        open(part / "captions", "wb") as text,
+        open(part / "rows", "wb") as rows,
+    ):
+        for number, shard in enumerate(shards):
+            facts, arrays = read_facts(shard)
+            if facts["making"] != making._asdict():
+                raise UserError(f"{shard} was made with {facts['making']}, and this is {making._asdict()}; name another --out")
+            kept = seen.first_ones(number, len(arrays["hashes"]))
+            counts["duplicates"] += int((~kept).sum())
+            if not drop_duplicates:
+                kept[:] = True
+            keep = np.repeat(kept, arrays["counts"])
+            place = np.empty(len(arrays["places"]), PLACE)
+            place["shard"], place["offset"], place["size"] = number, arrays["places"][:, 0], arrays["places"][:, 1]
+            places.write(place[kept].tobytes())
+            numbers.write(arrays["counts"][kept].tobytes())
+            lengths.write(arrays["lengths"][keep].tobytes())
+            text.write(arrays["captions"][np.repeat(keep, arrays["lengths"])].tobytes())
+            rows.write(np.flatnonzero(keep).astype("<u4").tobytes())
+            made.append(len(keep)), indexed.append(int(keep.sum()))
+            counts["pictures"] += int(kept.sum())
+            counts["captions"] += indexed[-1]
+            counts["left_out"] += len(facts["left_out"])
+            names.append(shard.name)
+            fingerprint.update(facts["sha256"].encode() + kept.tobytes())
+    cumulated(part, "counts", "first", counts["pictures"])
+    cumulated(part, "lengths", "ends", counts["captions"])
+    found = {"version": VERSION, "making": making._asdict(), **counts, "shards": names, "captions_made": made, "captions_indexed": indexed}
+    found["fingerprint"] = fingerprint.hexdigest()[:32]
+    if statistics:
+        save_file(statistics(Beside.of(out, part, found)), part / TEXT_STATISTICS)
+    (part / FACTS).write_text(json.dumps(found), encoding="utf-8")
+    shutil.rmtree(out / INDEX, ignore_errors=True)
+    part.rename(out / INDEX)
+    return found
+
+
+class Duplicates:
+    """Which pictures are the file of one before."""
+
+    def __init__(self, out: Path, shards: Sequence[Path]):
+        hashes = [read_facts(shard, "hashes")[1]["hashes"] for shard in shards]
+        self.starts = np.cumsum([0, *map(len, hashes)])
+        self.first = np.zeros(self.starts[-1], dtype=bool)
+        self.first[np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]), return_index=True)[1]] = True
+
+    def first_ones(self, shard: int, count: int) -> np.ndarray:
+        return self.first[self.starts[shard] : self.starts[shard] + count].copy()
+
+
+def cumulated(folder: Path, name: str, becomes: str, count: int) -> None:
+    """Numbers of uint32 in a file to their sums, of uint64, from 0 on."""
+    numbers = np.memmap(folder / name, "<u4", "r") if count else np.empty(0, "<u4")
+    total = 0
+    with open(folder / becomes, "wb") as file:
+        file.write(np.zeros(1, "<u8").tobytes())
+        for start in range(0, count, 1 << 20):
+            sums = total + np.cumsum(numbers[start : start + (1 << 20)], dtype="<u8")
+            total = sums[-1]
+            file.write(sums.tobytes())
+    (folder / name).unlink()
+
+
+# --- captions' features beside the pictures
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Where the features of an index's captions lie.  beside[numbers of captions] -> rows of the store's shards `names`."""
+
+    folder: Path  # of the store
+    names: list[str]
+    counts: list[int]  # captions of each shard
+    ends: np.ndarray  # (shards + 1,) captions of the index before each shard, and in all
+    rows: np.ndarray  # (captions,) place of each in its shard
+    statistics: dict[str, Tensor]  # mean and std of a fixed sample, each (1, width)
+
+    @classmethod
+    def of(cls, path: Path, index: Path, facts: dict[str, Any], statistics: dict[str, Tensor] | None = None) -> "Beside":
+        names = [features_beside(path / name).name for name in facts["shards"]]
+        rows = np.memmap(index / "rows", "<u4", "r", shape=facts["captions"])
+        return cls(path / FOLDERS["mean"], names, facts["captions_made"], np.cumsum([0, *facts["captions_indexed"]]), rows, statistics or {})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def size(self) -> int:
+        """Rows of those shards."""
+        return int(self.starts[-1])
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        return np.cumsum([0, *self.counts])
+
+    def __getitem__(self, lines: np.ndarray) -> np.ndarray:
+        return self.starts[np.searchsorted(self.ends, lines, side="right") - 1] + self.rows[lines]
+
+
+class Names(Sequence):
+    """What messages call the pictures."""
+
+    def __init__(self, shards: list[str], places: np.ndarray):
+        self.shards, self.places = shards, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> str:
+        place = self.places[i]
+        return f"{self.shards[place['shard']]}, byte {place['offset']}"
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+def is_prepared(path: Path) -> bool:
+    return (path / INDEX / FACTS).is_file()
+
+
+class PreparedPictures(CaptionedPictures):
+    """The pictures of a prepared folder.  Raises: UserError where its index is none, or holds smaller pictures than are asked for."""
+
+    in_blocks = True
+    beside: Beside | None = None  # where the features of its captions are, if they were made with it
+
+    def __init__(self, path: Path, view: View, seed: int = 0):
+        folder = path / INDEX
+        try:
+            self.facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            pictures, captions, size = self.facts["pictures"], self.facts["captions"], self.facts["making"]["img_size"]
+            places = np.memmap(folder / "places", PLACE, "r", shape=pictures)
+            self.first = np.memmap(folder / "first", "<u8", "r", shape=pictures + 1).view("<i8")
+            ends = np.memmap(folder / "ends", "<u8", "r", shape=captions + 1)
+            block = np.memmap(folder / "captions", np.uint8, "r")
+            if (noted := folder / TEXT_STATISTICS).is_file():
+                self.beside = Beside.of(path, folder, self.facts, load_file(noted))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"--data_path {path}: its index cannot be read ({one_line(error)}); remove {folder}, and run prepare_data.py again") from error
+        if view.img_size > size:
+            raise UserError(f"--data_path {path} was prepared at {size} pixels, and --img_size is {view.img_size}; prepare it again at that size")
+        shards = [str(path / name) for name in self.facts["shards"]]
+        self.paths, self.view, self.seed, self.fingerprints = Names(shards, places), view, seed, {}
+        self.bad, self.root = [], str(path)
+        self.captions, self.read = MappedStrings(ends, block), MappedPictures(shards, places)
+
+    def picture(self, index: int, n: int | None = None) -> Tensor:
+        """As it lies there, where that is all that is asked for."""
+        image = Image.open(self.file(index))
+        if image.size == (self.img_size, self.img_size) and image.mode == "RGB" and (n is None or self.view.crop == "center"):
+            return to_uint8(image)
+        return super().picture(index, n)
+
+    def fingerprint(self, root: str | Path) -> str:
+        return self.facts["fingerprint"]
+
+
+class MappedPictures(Pictures):
+    """As Pictures, out of an index."""
+
+    def __call__(self, i: int) -> BinaryIO:
+        place = self.places[i]
+        return self.at(self.shards[place["shard"]], int(place["offset"]), int(place["size"]))

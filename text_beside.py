@@ -1,0 +1,66 @@
+"""Features of captions beside their pictures: each shard that prepare_data.py makes gets a shard of the text store, with its captions in their order.
+
+So the number of a caption says where its features lie, and training looks nothing up, however many there are.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conditioning import FeatureNorm
+from config import TextConfig
+from datasets.prepared import Beside
+from datasets.shards import captions_of, features_beside, shard_name
+from text_encoder import TextEncoder, normalize
+from text_features import MUCH_TEXT, PinnedModel, Texts, begin_store, evenly, stored_manifest
+from util import feature_store as disk
+from util.feature_store import FeatureStore
+from util.files import writable_folder
+
+
+class Encoding:
+    """encoding(number) -> number, once the features of that shard's captions are there.  The language model is loaded with the first that lacks them."""
+
+    def __init__(self, config: TextConfig, out: Path, device: torch.device, prompts: Sequence[str]):
+        """prompts: put into the store too, with the empty string, so that training finds all that it needs."""
+        self.config, self.out, self.device, self.prompts = config, out, device, prompts
+
+    def __call__(self, number: int) -> int:
+        shard = self.out / shard_name(number)
+        if not features_beside(shard).exists():
+            write(features_beside(shard), captions_of(shard), *self.model)
+        return number
+
+    @cached_property
+    def model(self) -> tuple[TextEncoder, dict[str, Any]]:
+        """With the manifest of its store, which is begun with the prompts."""
+        folder = writable_folder(features_beside(self.out / shard_name(0)).parent, "--out")
+        model = PinnedModel(self.config, {}, stored_manifest(folder), self.device)
+        encoder = model.load()
+        manifest = begin_store(folder, model, encoder)
+        prompts = Texts((), np.arange(0), prompts=self.prompts)
+        place = folder / disk.shard_name(prompts.keys())
+        if not place.exists():
+            write(place, prompts, encoder, manifest)
+        return encoder, manifest
+
+
+def write(place: Path, captions: Sequence[str], encoder: TextEncoder, manifest: dict[str, Any]) -> None:
+    """Their shard of a store; each distinct caption is encoded once.  Raises: UserError."""
+    keys = disk.keys_of(map(normalize, captions))
+    _, first, again = np.unique(keys, return_index=True, return_inverse=True)
+    found = encoder.encode_all([captions[i] for i in first])
+    disk.write_shard(place, manifest, {"keys": disk.key_array(keys), **{name: values[again] for name, values in found.items()}})
+
+
+def statistics(beside: Beside) -> dict[str, Tensor]:
+    """Mean and std of a fixed sample of the captions.  Raises: UserError for features that are damaged."""
+    features = FeatureStore(beside.folder, beside.names, beside.counts)
+    sample = beside[evenly(len(beside), MUCH_TEXT)]
+    norm = FeatureNorm.of((features(sample[start : start + 1024]) for start in range(0, len(sample), 1024)), features.width)
+    return {"mean": norm.mean, "std": norm.std}
