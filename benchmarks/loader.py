@@ -94,9 +94,12 @@ def make_index(out: Path, pictures: int, length: int) -> Path:
     """Of as many pictures in shards of 10,000, with one caption of so many bytes each; only what gives captions their places is written."""
     folder = out / INDEX
     folder.mkdir(parents=True, exist_ok=True)
-    shards = [f"shard-{number:06d}.tar" for number in range(-(-pictures // 10_000))]
+    each = [min(10_000, pictures - start) for start in range(0, pictures, 10_000)]
+    shards = [f"shard-{number:06d}.tar" for number in range(len(each))]
     facts = {"version": VERSION, "making": Making(256)._asdict(), "pictures": pictures, "captions": pictures, "duplicates": 0, "left_out": 0, "shards": shards}
-    (folder / FACTS).write_text(json.dumps(facts | {"fingerprint": "0" * 32}), encoding="utf-8")
+    facts |= {"captions_made": each, "captions_indexed": each, "fingerprint": "0" * 32}
+    (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    sparse(folder / "rows", 4 * pictures)
     sparse(folder / "places", pictures * PLACE.itemsize)
     sparse(folder / "captions", pictures * length)
     for name, each in (("first", 1), ("ends", length)):

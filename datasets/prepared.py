@@ -196,9 +196,8 @@ class PreparedPictures(CaptionedPictures):
 
     def picture(self, index: int, n: int | None = None) -> Tensor:
         """As it lies there, where that is all that is asked for."""
-        image = Image.open(self.file(index))
-        if image.size == (self.img_size, self.img_size) and image.mode == "RGB" and (n is None or self.view.crop == "center"):
-            return to_uint8(image)
+        if self.img_size == self.facts["making"]["img_size"] and (n is None or self.view.crop == "center"):
+            return to_uint8(Image.open(self.file(index)))
         return super().picture(index, n)
 
     def fingerprint(self, root: str | Path) -> str:

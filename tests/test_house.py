@@ -13,7 +13,7 @@ from exporting import package
 FLOORS = {
     5: ("main_jit", "cache_text", "prepare_ref", "export", "convert_checkpoint", "prepare_data", "app"),
     4: ("flags", "prepare", "evaluation", "exporting", "page"),
-    3: ("engine_jit", "sampling", "text_features"),
+    3: ("engine_jit", "sampling", "text_features", "text_beside"),
     2: ("resume", "released", "exported", "transfer", "lora", "conditioning", "text_encoder", "datasets", "denoiser", "models_jit", "models_mmjit"),
     1: ("config", "util"),
 }

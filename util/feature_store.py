@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from util.errors import UserError
@@ -206,7 +206,8 @@ def open_shard(path: Path, settings: str) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, "pt") as file:
             made_with = (file.metadata() or {}).get("settings")
-        shard = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+            names = file.keys()
+            shard = {name: file.get_tensor(name).numpy() for name in names}
         keys, features = shard["keys"], shard["features"]
         if keys.dtype != np.uint8 or keys.shape[1:] != (16,) or features.dtype != np.float16 or features.ndim != 2:
             raise ValueError("not the arrays of a shard")
