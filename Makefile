@@ -1,10 +1,10 @@
-# make setup | demo | demo-scenes | demo-emoji | test | test-page | test-all | lint        PYTHON=... uses that Python's environment as it is, without .venv
+# make setup | demo | demo-scenes | demo-emoji | science | test | test-page | test-all | lint        PYTHON=... uses that Python's environment as it is, without .venv
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 BASE_PYTHON ?= python3
 READY := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
-.PHONY: setup demo demo-scenes demo-emoji test test-page test-all lint
+.PHONY: setup demo demo-scenes demo-emoji science test test-page test-all lint
 setup: $(READY)
 
 $(VENV)/.ready: pyproject.toml
@@ -26,6 +26,10 @@ demo-scenes: $(READY)
 
 demo-emoji: $(READY)
 	$(PYTHON) -m demo.run emoji $(if $(LLM),--llm $(LLM))
+
+# The paper's two small experiments, short; all of them: make science FULL=1, which goes on where it was stopped.
+science: $(READY)
+	$(PYTHON) -m benchmarks.science $(if $(FULL),--full)
 
 test: $(READY)
 	$(PYTHON) -m pytest
