@@ -25,7 +25,6 @@ from datasets.pieces import Piece, make, making_of, pieces_of
 from datasets.prepared import build_index
 from datasets.shards import features_beside, shard_name
 from datasets.source import workers
-from engine_jit import test_prompts
 from text_beside import Encoding, statistics
 from text_encoder import LanguageModel
 from util import distributed as dist
@@ -54,6 +53,8 @@ def by_processes(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
 
 def encoding(job: PrepareJob) -> Encoding:
     """What encodes captions in this process, on its GPU."""
+    from engine_jit import test_prompts  # with it come the networks: seconds, in each process
+
     return Encoding(job.text, Path(job.shards.out), dist.device_of(job.device), test_prompts)
 
 

@@ -63,7 +63,7 @@ def main() -> None:
     os.environ["RAY_ADDRESS"] = cluster.address
     say("a Ray cluster of two nodes is up")
     driver = prepare(args, args.out / "ray", "ray")
-    while (encoded if args.llm_model_name else count)(args.out / "ray") < min(3, count(args.out / "one") - 1) and driver.poll() is None:
+    while count(args.out / "ray") < min(3, count(args.out / "one") - 1) and driver.poll() is None:
         time.sleep(0.05)
     say(f"{count(args.out / 'ray')} shards are there, {encoded(args.out / 'ray')} with features; the second node is killed")
     cluster.remove_node(second, allow_graceful=False)

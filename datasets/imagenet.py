@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
 from datasets.stream import PictureDataset, View
 from util.errors import UserError
 
@@ -12,6 +10,8 @@ class ClassFolder(PictureDataset):
     """Raises: UserError for a folder that is not there or empty, or for more class folders than `class_num`, if that is given."""
 
     def __init__(self, root: str | Path, class_num: int | None, view: View, seed: int = 0):
+        from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset  # it brings networks along: seconds, in each process
+
         folder = Path(root) / "train"
         if not folder.is_dir():
             hint = "; it has images/, so a -Text model is meant?" if (Path(root) / "images").is_dir() else ""

@@ -258,6 +258,6 @@ def test_what_is_held_out_of_blocks_is_never_trained_on():
 @pytest.mark.slow
 def test_a_ray_cluster_that_loses_a_node_makes_the_same_shards(told_data, llm_folder, tmp_path):
     line = ["--data_path", str(told_data), "--out", str(tmp_path / "out"), "--img_size", "16", "--shard_pictures", "1", "--llm_model_name", str(llm_folder())]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.ray_nodes", *line], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.ray_nodes", *line], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:] + "".join(path.read_text()[-2000:] for path in (tmp_path / "out").glob("*.txt"))
     assert "shards: 11, with features: 11; the same to the byte: True" in done.stdout
