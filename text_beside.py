@@ -50,6 +50,15 @@ class Encoding:
         return encoder, manifest
 
 
+def check(config: TextConfig, out: Path, device: torch.device) -> None:
+    """Raises: UserError where there is no such language model, or where the features of another lie there."""
+    folder = features_beside(out / shard_name(0)).parent
+    manifest = stored_manifest(folder)
+    model = PinnedModel(config, {}, manifest, device)
+    if manifest:
+        disk.check_manifest(folder, manifest, model.description)
+
+
 def write(place: Path, captions: Sequence[str], encoder: TextEncoder, manifest: dict[str, Any]) -> None:
     """Their shard of a store; each distinct caption is encoded once.  Raises: UserError."""
     keys = disk.keys_of(map(normalize, captions))

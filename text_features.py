@@ -296,15 +296,17 @@ def build_store(config: TextConfig, folder: Path, captions: Sequence[str], promp
 
 
 class RowsBeside:
-    """rows[numbers of captions] -> rows, of those beside their pictures and of the others after them."""
+    """rows[numbers of captions] -> rows, of those beside their pictures and of some others, after them; -1 where there is none."""
 
-    def __init__(self, beside: Beside, others: np.ndarray):
-        """others: of the captions from len(beside) on."""
-        self.beside, self.others = beside, others
+    def __init__(self, beside: Beside, others: np.ndarray, rows: np.ndarray):
+        """others: their numbers, rising."""
+        self.beside, self.others, self.rows = beside, others, rows
 
     def __getitem__(self, lines: np.ndarray) -> np.ndarray:
-        found, ours = np.empty(len(lines), np.int64), lines < len(self.beside)
-        found[ours], found[~ours] = self.beside[lines[ours]], self.others[lines[~ours] - len(self.beside)]
+        found, ours = np.full(len(lines), -1), lines < len(self.beside)
+        found[ours] = self.beside[lines[ours]]
+        known = np.isin(lines, self.others)
+        found[known] = self.rows[np.searchsorted(self.others, lines[known])]
         return found
 
 
@@ -347,10 +349,12 @@ def look_up_on_disk(folder: Path, model: PinnedModel, texts: Texts) -> Lookup:
 
 def look_up_beside(folder: Path, model: PinnedModel, texts: Texts) -> Lookup:
     """Captions of prepared pictures by their numbers, all others in the same store by its keys.  Collective."""
-    beside, nothing = texts.beside, texts.lines[:0]
-    others = look_up_on_disk(folder, model, replace(texts, training_lines=texts.lines[texts.lines >= len(beside)], other_lines=nothing))
+    beside, numbers = texts.beside, np.unique(texts.lines[texts.lines >= len(texts.beside)])
+    others = look_up_on_disk(
+        folder, model, replace(texts, captions=[texts.captions[i] for i in numbers], training_lines=np.arange(len(numbers)), other_lines=numbers[:0])
+    )
     features = FeatureStore(folder, [*beside.names, *others.features.names], [*beside.counts, *np.diff(others.features.starts).tolist()])
-    row_of = RowsBeside(beside, others.row_of[len(beside) :] + beside.size)
+    row_of = RowsBeside(beside, numbers, others.own + beside.size)
     return Lookup(features, row_of[texts.training_lines], others.extra + beside.size, row_of)
 
 

@@ -330,9 +330,13 @@ def groups(found: dict[Experiment, dict]) -> dict[Experiment, list[dict]]:
     return gathered
 
 
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean, and the range where there are several."""
-    return f"{mean(values):.3g}" + (f" ({min(values):.3g}-{max(values):.3g})" if len(values) > 1 else "")
+    return figure(mean(values)) + (f" ({figure(min(values))}-{figure(max(values))})" if len(values) > 1 else "")
 
 
 def share(results: Sequence[dict]) -> str:
@@ -349,7 +353,7 @@ def toy_table(gathered: dict[Experiment, list[dict]]) -> Iterator[str]:
         results = [gathered.get(replace(toy(predicts, dims), lr=0.0, steps=0, drawn=0)) for predicts in PREDICTIONS]
         if all(results):
             cells = [spread([result["distance"] for result in of]) for of in results]
-            beside = ", ".join(f"{mean(result['beside'] for result in of):.2g}" for of in results)
+            beside = ", ".join(figure(mean(result["beside"] for result in of)) for of in results)
             yield f"| {dims} | {spread([result['floor'] for result in results[0]])} | {' | '.join(cells)} | {beside} |"
 
 
@@ -384,13 +388,13 @@ def draw_toy(found: dict[Experiment, dict], folder: Path) -> None:
 
     shown = {(one.predicts, one.dims): one for one in found if one.kind == "toy" and one.seed == 0}
     dimensions = [dims for dims in DIMENSIONS if ("x", dims) in shown]
-    figure, axes = pyplot.subplots(len(PREDICTIONS), len(dimensions), figsize=(2.2 * len(dimensions), 6.6), layout="constrained", squeeze=False)
+    sheet, axes = pyplot.subplots(len(PREDICTIONS), len(dimensions), figsize=(2.2 * len(dimensions), 6.6), layout="constrained", squeeze=False)
     for row, predicts in zip(axes, PREDICTIONS):
         for place, dims in zip(row, dimensions):
             one = shown[predicts, dims]
             place.scatter(*np.load(folder / f"{one.name}.npy").T, s=1)
             place.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal", title=f"{predicts}, D = {dims}: {found[one]['distance']:.2g}")
-    figure.savefig(folder.parent / "toy.png", dpi=110)
+    sheet.savefig(folder.parent / "toy.png", dpi=110)
 
 
 def draw_pictures(found: dict[Experiment, dict], folder: Path) -> None:
@@ -401,12 +405,12 @@ def draw_pictures(found: dict[Experiment, dict], folder: Path) -> None:
         (one.dims, one.predicts): one for one in found if one.kind == "pictures" and one.seed == 0 and (one.loss, one.P_mean, one.noise) == ("v", -0.8, 1.0)
     }
     patches = [patch for patch in PATCHES if (patch, "x") in shown]
-    figure, axes = pyplot.subplots(len(patches) * len(PREDICTIONS), 1, figsize=(10, 0.6 * len(patches) * len(PREDICTIONS)), layout="constrained")
+    sheet, axes = pyplot.subplots(len(patches) * len(PREDICTIONS), 1, figsize=(10, 0.6 * len(patches) * len(PREDICTIONS)), layout="constrained")
     for place, (patch, predicts) in zip(axes, ((patch, predicts) for patch in patches for predicts in PREDICTIONS)):
         place.imshow(pyplot.imread(folder / f"{shown[patch, predicts].name}.png"))
         place.set(xticks=[], yticks=[])
         place.set_ylabel(f"{predicts}, {patch}", rotation=0, ha="right", va="center")
-    figure.savefig(folder.parent / "pictures.png", dpi=110)
+    sheet.savefig(folder.parent / "pictures.png", dpi=110)
 
 
 def tell(found: dict[Experiment, dict], folder: Path) -> None:
@@ -414,7 +418,7 @@ def tell(found: dict[Experiment, dict], folder: Path) -> None:
     floors = [result["floor"] for one, results in gathered.items() if one.kind == "pictures" for result in results]
     for title, lines in (
         ("The toy under the v-loss: sliced Wasserstein-2 distance of what is drawn from the spiral; floor: of the spiral from itself", toy_table(gathered)),
-        (f"Pictures: colour and digit right, and Frechet distance from the real ones (of real from real: {spread(floors)})", pictures_table(gathered)),
+        (f"Pictures: colour and digit right, and Frechet distance from the real ones (of real from real: {figure(max(floors))})", pictures_table(gathered)),
         ("The noise level, x-prediction under the v-loss, patches of 8", noise_table(gathered)),
     ):
         if len(table := list(lines)) > 2:

@@ -223,7 +223,10 @@ def test_what_a_user_sees_is_one_line(argv, message, tmp_path, monkeypatch, caps
     assert stop.value.code == 1 and printed.startswith(message) and printed.count("\n") == 1
 
 
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("data", "evaluation", "export", "page", "multi_node", "running", "text", "models", "science", "troubleshooting"))]
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("data", "evaluation", "export", "page", "multi_node", "running", "text", "models", "science", "troubleshooting")),
+]
 PAIRS = [(page, "README_ja.md" if page == "README.md" else page.replace("docs/", "docs/ja/")) for page in PAGES]
 RECIPES = sorted((ROOT / "recipes").glob("*.sh"))
 
