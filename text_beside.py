@@ -56,7 +56,7 @@ def check(config: TextConfig, out: Path, device: torch.device) -> None:
     manifest = stored_manifest(folder)
     model = PinnedModel(config, {}, manifest, device)
     if manifest:
-        disk.check_manifest(folder, manifest, model.description)
+        disk.check_manifest(folder, manifest, model.description, "--out")
 
 
 def write(place: Path, captions: Sequence[str], encoder: TextEncoder, manifest: dict[str, Any]) -> None:

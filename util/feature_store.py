@@ -86,8 +86,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def check_manifest(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises: UserError that names the first field in which the store's features differ from what this run would make."""
+def check_manifest(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any], flag: str = "--text_cache_dir") -> None:
+    """flag: that says where the store is.  Raises: UserError that names the first field in which its features differ from what this run would make."""
     moved = str(wanted.get("revision")).startswith("sha256:")  # a local model's content is compared; its folder may have another name now
     for field, value in wanted.items():
         found = manifest.get(field)
@@ -95,7 +95,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[st
             continue
         remedy = f"give {FLAGS[field]} {found}, or name" if field in FLAGS else "name"
         raise UserError(
-            f"--text_cache_dir {folder}: its features were made with {field} {found!r}, this run's would be with {value!r}; "
+            f"{flag} {folder}: its features were made with {field} {found!r}, this run's would be with {value!r}; "
             f"{remedy} another folder (delete this one to encode its captions anew)"
         )
 
