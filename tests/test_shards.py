@@ -195,7 +195,10 @@ def test_features_are_added_to_shards_that_are_there_and_made_once(told_data, ll
     assert {path.name: path.read_bytes() for path in (tmp_path / "array" / "text_cache").iterdir()} == stored
     monkeypatch.setattr(LanguageModel, "load", None)  # the language model is not read again
     prepare(told_data, out, "--shard_pictures", 4, "--llm_model_name", llm)
-    with pytest.raises(UserError, match="--out .*text_cache: its features were made with layer 'mean', this run's would be with 'last'; give --llm_layer mean, or name another folder"):
+    with pytest.raises(
+        UserError,
+        match="--out .*text_cache: its features were made with layer 'mean', this run's would be with 'last'; give --llm_layer mean, or name another folder",
+    ):
         prepare(told_data, out, "--shard_pictures", 4, "--llm_model_name", llm, "--llm_layer", "last")
     with pytest.raises(UserError, match="--max_text_len/llm_layer has no effect without --llm_model_name"):
         prepare(told_data, out, "--max_text_len", 5, "--llm_layer", "last")
