@@ -25,7 +25,7 @@ from datasets.pieces import Piece, make, making_of, pieces_of
 from datasets.prepared import build_index
 from datasets.shards import features_beside, shard_name
 from datasets.source import workers
-from text_beside import Encoding, check, statistics
+from text_beside import Encoding, checked, statistics
 from util import distributed as dist
 from util.errors import need_package
 from util.files import Lock, writable_folder
@@ -105,7 +105,7 @@ def prepare(job: PrepareJob) -> None:
     out = writable_folder(job.shards.out, "--out")
     pieces = pieces_of(job)
     if job.text:
-        check(job.text, out, dist.device_of(job.device))
+        checked(job.text, Path(job.shards.out), dist.device_of(job.device))
     missing = [piece for piece in pieces if not is_done(out, piece, job)]
     say(f"{job.data.path}: {len(pieces):,} shards of {job.img_size} pixels, {len(missing):,} of them to be made")
     try:

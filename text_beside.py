@@ -4,7 +4,7 @@ So the number of a caption says where its features lie, and training looks nothi
 """
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from conditioning import FeatureNorm
 from config import TextConfig
 from datasets.prepared import Beside
-from datasets.shards import captions_of, features_beside, shard_name
+from datasets.shards import captions_of, features_beside, shard_name, text_store
 from text_encoder import TextEncoder, normalize
 from text_features import MUCH_TEXT, PinnedModel, Texts, begin_store, evenly, stored_manifest
 from util import feature_store as disk
@@ -39,8 +39,7 @@ class Encoding:
     @cached_property
     def model(self) -> tuple[TextEncoder, dict[str, Any]]:
         """With the manifest of its store, which is begun with the prompts."""
-        folder = writable_folder(features_beside(self.out / shard_name(0)).parent, "--out")
-        model = PinnedModel(self.config, {}, stored_manifest(folder), self.device)
+        folder, model = writable_folder(text_store(self.out), "--out"), checked(self.config, self.out, self.device)
         encoder = model.load()
         manifest = begin_store(folder, model, encoder)
         prompts = Texts((), np.arange(0), prompts=self.prompts)
@@ -50,13 +49,13 @@ class Encoding:
         return encoder, manifest
 
 
-def check(config: TextConfig, out: Path, device: torch.device) -> None:
-    """Raises: UserError where there is no such language model, or where the features of another lie there."""
-    folder = features_beside(out / shard_name(0)).parent
-    manifest = stored_manifest(folder)
-    model = PinnedModel(config, {}, manifest, device)
-    if manifest:
-        disk.check_manifest(folder, manifest, model.description, "--out")
+@lru_cache(maxsize=1)
+def checked(config: TextConfig, out: Path, device: torch.device) -> PinnedModel:
+    """The language model, described once a process.  Raises: UserError where there is none such, or where the features of another lie there."""
+    model = PinnedModel(config, {}, stored_manifest(text_store(out)), device)
+    if model.manifest:
+        disk.check_manifest(text_store(out), model.manifest, model.description, "--out")
+    return model
 
 
 def write(place: Path, captions: Sequence[str], encoder: TextEncoder, manifest: dict[str, Any]) -> None:

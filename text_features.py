@@ -176,7 +176,7 @@ class PinnedModel:
     """The LLM of a run: its description at once, on all ranks alike, the model itself where features are missing.  Collective to make."""
 
     def __init__(self, config: TextConfig, saved: Mapping[str, Any], manifest: Mapping[str, Any], device: torch.device):
-        self.config, self.device = pinned(config, saved, manifest, device), device
+        self.config, self.manifest, self.device = pinned(config, saved, manifest, device), manifest, device
         self.description = dist.from_main(LanguageModel(self.config).describe() if dist.is_main() else None)
         check_saved(saved, self.description)
 
@@ -232,8 +232,8 @@ def size_of(count: float) -> str:
 
 def from_disk(folder: Path, model: PinnedModel, texts: Texts, keys: np.ndarray) -> FeatureStore:
     """A store that holds all `texts`; where it lacks some, and only there, the LLM is loaded and encodes them.  Collective."""
-    if manifest := stored_manifest(folder):
-        disk.check_manifest(folder, manifest, model.description)
+    if model.manifest:
+        disk.check_manifest(folder, model.manifest, model.description)
     store = opened(folder, texts)
     distinct = disk.first_of_each(keys)
     missing = distinct[store.find(keys[distinct]) < 0]

@@ -55,8 +55,9 @@ OPEN = """
 import re, sys, time
 from pathlib import Path
 import numpy as np
+import torch
 from config import Data
-from datasets.source import hold_out, open_captioned
+from datasets.source import open_captioned
 from datasets.stream import BlockShuffle, View
 from util.feature_store import FeatureStore, shard_names
 
@@ -70,7 +71,7 @@ if (path / "index").is_dir():
 else:
     store, row_of = FeatureStore(path, shard_names(path)), lambda lines: lines
 opened, memory = time.perf_counter() - began, own() - before
-order = BlockShuffle(len(store), __import__("torch").arange(0), 0)
+order = BlockShuffle(len(store), torch.arange(0), 0)
 blocks = [np.array(order.some(0, 256 * i, 256)) for i in range(64)]
 anywhere = np.random.default_rng(0).integers(0, len(store), (64, 256))
 times = []

@@ -21,7 +21,6 @@ from statistics import mean
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,6 +30,7 @@ from config import Averages, DiffusionConfig, SamplerConfig
 from datasets.demo import COLOURS, colour_ink, load_ink
 from datasets.transforms import to_image, to_levels, to_model_range, to_uint8
 from demo.judge import DigitJudge
+from demo.scene_judge import rate
 from denoiser import Objective, sample, sample_time
 from models_jit import JiT
 from resume import TrainState
@@ -341,9 +341,8 @@ def spread(values: Sequence[float]) -> str:
 
 def share(results: Sequence[dict]) -> str:
     """In per cent, of all seeds' pictures, with the exact interval of 95 %."""
-    test = binomtest(sum(result["right"] for result in results), sum(result["of"] for result in results))
-    interval = test.proportion_ci(0.95)
-    return f"{100 * test.statistic:.1f} ({100 * interval.low:.1f}-{100 * interval.high:.1f})"
+    right, low, high = rate(sum(result["right"] for result in results), sum(result["of"] for result in results))
+    return f"{100 * right:.1f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def toy_table(gathered: dict[Experiment, list[dict]]) -> Iterator[str]:

@@ -19,12 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from datasets.captioned import CaptionedPictures
-from datasets.shards import VERSION, Making, MappedStrings, features_beside, read_facts
+from datasets.shards import VERSION, Making, MappedStrings, features_beside, read_facts, text_store
 from datasets.stream import View
 from datasets.tar import Pictures
 from datasets.transforms import to_uint8
 from util.errors import UserError, one_line
-from util.feature_store import FOLDERS
 
 INDEX, FACTS, TEXT_STATISTICS = "index", "facts.json", "text_statistics.safetensors"
 PLACE = np.dtype([("shard", "<u4"), ("size", "<u4"), ("offset", "<u8")])
@@ -42,7 +41,7 @@ def build_index(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     seen = Duplicates(out, shards)
-    counts = {"pictures": 0, "captions": 0, "characters": 0, "duplicates": 0, "left_out": 0}
+    counts = {"pictures": 0, "captions": 0, "duplicates": 0, "left_out": 0}
     names, made, indexed, fingerprint = [], [], [], hashlib.sha256()
     with (
         open(part / "places", "wb") as places,
@@ -129,7 +128,7 @@ class Beside:
     def of(cls, path: Path, index: Path, facts: dict[str, Any], statistics: dict[str, Tensor] | None = None) -> "Beside":
         names = [features_beside(path / name).name for name in facts["shards"]]
         rows = np.memmap(index / "rows", "<u4", "r", shape=facts["captions"])
-        return cls(path / FOLDERS["mean"], names, facts["captions_made"], np.cumsum([0, *facts["captions_indexed"]]), rows, statistics or {})
+        return cls(text_store(path), names, facts["captions_made"], np.cumsum([0, *facts["captions_indexed"]]), rows, statistics or {})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -172,7 +171,6 @@ class PreparedPictures(CaptionedPictures):
     """The pictures of a prepared folder.  Raises: UserError where its index is none, or holds smaller pictures than are asked for."""
 
     in_blocks = True
-    beside: Beside | None = None  # where the features of its captions are, if they were made with it
 
     def __init__(self, path: Path, view: View, seed: int = 0):
         folder = path / INDEX

@@ -147,9 +147,14 @@ class MappedStrings(Sequence):
         return self.block[self.ends[i] : self.ends[i + 1]].tobytes().decode()
 
 
+def text_store(folder: Path) -> Path:
+    """That of a folder of shards."""
+    return folder / FOLDERS["mean"]
+
+
 def features_beside(shard: Path) -> Path:
     """A shard of the text store, with the captions of a shard of pictures in their order."""
-    return shard.parent / FOLDERS["mean"] / facts_beside(shard).name
+    return text_store(shard.parent) / facts_beside(shard).name
 
 
 def captions_of(shard: Path) -> list[str]:

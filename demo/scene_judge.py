@@ -181,11 +181,14 @@ def judge(picture: Image.Image, scene: Scene) -> Verdict:
     return verdict(find_things(picture, scene.level), scene)
 
 
+def rate(right: int, count: int) -> tuple[float, float, float]:
+    """The share that is right, and the ends of its exact (Clopper-Pearson) interval of 95 %."""
+    test = binomtest(right, count)
+    interval = test.proportion_ci(0.95)
+    return test.statistic, interval.low, interval.high
+
+
 def rates(verdicts: Sequence[Verdict]) -> dict[str, tuple[float, float, float]]:
-    """The share of pictures that are right in each respect, and the ends of its exact (Clopper-Pearson) interval of 95 %."""
-    table = {}
-    for name in (*(field.name for field in fields(Verdict)), "everything"):
-        test = binomtest(sum(getattr(verdict, name) for verdict in verdicts), len(verdicts))
-        interval = test.proportion_ci(0.95)
-        table[name] = (test.statistic, interval.low, interval.high)
-    return table
+    """Of the pictures, in each respect."""
+    names = (*(field.name for field in fields(Verdict)), "everything")
+    return {name: rate(sum(getattr(verdict, name) for verdict in verdicts), len(verdicts)) for name in names}

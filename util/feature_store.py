@@ -146,13 +146,10 @@ class FeatureRows:
         """Whether those captions hold characters that the tokenizer does not know, (n,) bool."""
         return self._values("unknown", rows)
 
-    def __call__(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(self._values("features", rows)).float()
-
     def _values(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """What stands at those rows of an array, (n, ...); each shard is opened once."""
+        """A number of each of many captions, (n,); each shard is opened once."""
         like, at = self.shards[0][name], self._shard_of(rows)
-        found, order = np.empty((len(rows), *like.shape[1:]), like.dtype), np.argsort(at, kind="stable")
+        found, order = np.empty(len(rows), like.dtype), np.argsort(at, kind="stable")
         shards, firsts = np.unique(at[order], return_index=True)
         for shard, chosen in zip(shards.tolist(), np.split(order, firsts[1:])):
             found[chosen] = self.shards[shard][name][rows[chosen] - self.starts[shard]]
@@ -161,11 +158,19 @@ class FeatureRows:
     def _shard_of(self, rows: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.starts, rows, side="right") - 1
 
+    def _places(self, rows: np.ndarray) -> Iterable[tuple[Mapping[str, np.ndarray], int]]:
+        at = self._shard_of(rows)
+        return ((self.shards[shard], row) for shard, row in zip(at.tolist(), (rows - self.starts[at]).tolist()))
+
+    def __call__(self, rows: np.ndarray) -> Tensor:
+        chosen = np.empty((len(rows), self.width), dtype=np.float16)
+        for i, (shard, row) in enumerate(self._places(rows)):
+            chosen[i] = shard["features"][row]
+        return torch.from_numpy(chosen).float()
+
     def tokens(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """States of all valid tokens, caption after caption, (tokens, width) float16, and how many are each caption's, (B,)."""
-        at = self._shard_of(rows)
-        places = ((self.shards[shard], row) for shard, row in zip(at.tolist(), (rows - self.starts[at]).tolist()))
-        found = [torch.from_numpy(shard["features"][slice(*shard["offsets"][row : row + 2])]) for shard, row in places]
+        found = [torch.from_numpy(shard["features"][slice(*shard["offsets"][row : row + 2])]) for shard, row in self._places(rows)]
         return torch.cat([torch.empty(0, self.width, dtype=torch.float16), *found]), torch.tensor([len(states) for states in found], dtype=torch.long)
 
 
