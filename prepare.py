@@ -310,10 +310,14 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
     return TrainingRun(training, prepared.online, position, writer)
 
 
+GAP_PICTURES = (16, 64)
+
+
 def text_gap(job: TrainJob, prepared: Prepared) -> Callable[[], dict[str, Tensor]]:
-    """On as many held-out pictures as a step takes, between 16 and 64: measuring costs about a step."""
+    """On as many held-out pictures as a step takes, within GAP_PICTURES: measuring costs about a step."""
     shares, studio, batch = prepared.shares, prepared.studio, job.train.batch_size
-    size = min(64, max(16, batch * dist.world_size()))
+    fewest, most = GAP_PICTURES
+    size = min(most, max(fewest, batch * dist.world_size()))
     pictures = shares.held_out[:size].tolist() if len(shares.held_out) else shares.order.first(size)
     chosen = choose(shares.dataset, pictures, size)
     gap = TextGap(chosen, studio.conditions.conditions, job.diffusion, job.run.seed, batch, studio.painter.device)

@@ -23,8 +23,18 @@ import pytest
 import torch
 from PIL import Image
 
+import config
+import models_jit
+import models_mmjit
+import prepare
 from util import distributed as dist
 from util.errors import UserError
+
+# What a run costs at toy size is its calls: a size of the tests' own has few blocks (dropout acts in the middle two of four), and the text gap is measured on few pictures.
+prepare.GAP_PICTURES = (2, 64)
+for family, sizes, numbers in (("JiT", models_jit.SIZES, (64, 4, 2, 16, 2, 4)), ("MMJiT", models_mmjit.SIZES, (64, 2, 2, 2.6667, 16))):
+    config.SIZES[family] += ("Pico",)
+    sizes["Pico"] = numbers
 
 CAPTIONS = ["赤い三", "夕焼けの海辺を走る柴犬", "a black cat on a chair", "富士山と桜の写真、2024年春", "𠮷野家の牛丼🍚", "ﾊﾝｶｸとＦＵＬＬ"]
 

@@ -134,7 +134,6 @@ def test_a_whole_evaluation_equals_torch_fidelity_on_the_pictures_it_keeps(text_
     shown = [json.loads(line) for line in (path.with_suffix("") / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(shown) == 12 and all((path.with_suffix("") / row["file"]).is_file() and row["shows"] in CAPTIONS for row in shown)
     kept = reference.read(text_data / "fid_stats_16.npz")
-    assert metrics.frechet_distance(kept.values, kept.values) < 1e-3  # the data against itself
     assert kept.facts["n"] == kept.facts["files"] == 8 and kept.facts["img_size"] == 16
     assert "not the published file of inception-v3-compat" in printed and f"FID-12 {record['figures']['fid']:.3f}" in printed
     setting = record["setting"]
@@ -148,7 +147,7 @@ def test_a_whole_evaluation_equals_torch_fidelity_on_the_pictures_it_keeps(text_
 
 def make_painter(batch_size):
     torch.manual_seed(0)
-    net = wake(build_model("JiT-Nano/8", input_size=16, num_classes=4)).eval()
+    net = wake(build_model("JiT-Pico/8", input_size=16, num_classes=4)).eval()
     return Painter(net, torch.tensor([4]), 16, DiffusionConfig(), SamplerConfig("heun", 4, 2.0), batch_size, CPU, seed=3)
 
 
@@ -581,9 +580,9 @@ def test_captions_of_ones_own_are_drawn_and_known(text_data, llm_folder, clip_fo
 def test_a_sweep_tabulates_plots_chooses_the_best_and_goes_on_where_it_stopped(class_data, tmp_path, tiny_extractor, monkeypatch, capsys):
     monkeypatch.setattr(extractors, "load_fidelity", lambda *_: tiny_extractor)
     out = tmp_path / "out"
-    common = ["--model", "JiT-Nano/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--num_sampling_steps", "2"]
+    common = ["--model", "JiT-Pico/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--num_sampling_steps", "2"]
     common += ["--data_path", str(class_data), "--output_dir", str(out)]
-    run(*common, "--epochs", "2", "--warmup_epochs", "0", "--batch_size", "4", "--lr", "1e-3")
+    run(*common, "--epochs", "2", "--warmup_epochs", "0", "--batch_size", "4", "--lr", "1e-2")
     sweep = [*common, "--resume", str(out), "--sweep", "--sweep_images", "9", "--num_images", "24"]
     run(*sweep, "--cfg", "1:2:0.5", "--eval_ema", "2", "--interval", "0-1")  # a part of what follows, as if that had been killed
     before = {path.name: path.stat().st_mtime_ns for path in (out / "eval").glob("*.json")}
@@ -648,7 +647,7 @@ def test_a_record_says_what_it_depends_on_and_nothing_else_changes_its_name():
 
 
 def test_other_weights_have_another_hash():
-    net = build_model("JiT-Nano/8", input_size=16, num_classes=4)
+    net = build_model("JiT-Pico/8", input_size=16, num_classes=4)
     first = checkpoint.digest(net.state_dict())
     assert checkpoint.digest(net.state_dict()) == first
     with torch.no_grad():

@@ -22,7 +22,7 @@ from util.errors import UserError
 from util.text import Text
 
 PROMPTS = ("--prompt", "赤い三", "--prompt", "富士山と桜")
-MODELS = {"class": "JiT-Nano/8", "text": "JiT-Nano/8-Text", "tokens": "MMJiT-Nano/8"}
+MODELS = {"class": "JiT-Pico/8", "text": "JiT-Pico/8-Text", "tokens": "MMJiT-Pico/8"}
 
 
 def adapt(base, data, out, *more):
@@ -96,7 +96,7 @@ def test_a_run_goes_on_and_only_on_its_base(base, text_data, tmp_path):
         ([base, text_data, tmp_path / "parts", "--epochs", 6, "--lora_rank", 8], "--lora_rank is 8, but .* was trained with 4"),
         ([tmp_path / "parts", text_data, tmp_path / "new"], "holds adapters alone; draw by --resume .*exported --lora .*parts, or merge them by export.py"),
         ([base, text_data, base], "holds a whole model and no adapters; leave out --lora_rank"),
-        ([base, text_data, tmp_path / "new", "--model", "JiT-Nano/8-Text"], "--model is JiT-Nano/8-Text, but .* was trained with MMJiT-Nano/8"),
+        ([base, text_data, tmp_path / "new", "--model", "JiT-Pico/8-Text"], "--model is JiT-Pico/8-Text, but .* was trained with MMJiT-Pico/8"),
         ([base, text_data, tmp_path / "new", "--noise_scale", 1.5], "--noise_scale is 1.5, but .* was trained with 2.0"),
     ):
         with pytest.raises(UserError, match=words):

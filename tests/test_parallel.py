@@ -22,14 +22,14 @@ from util.parallel import Parallel, compiled, for_drawing, twin, uses_compile
 from util.text import Text
 
 CPU = torch.device("cpu")
-JIT = {"input_size": 16, "hidden_size": 64, "depth": 4, "num_heads": 2, "bottleneck_dim": 16, "in_context_len": 4, "in_context_start": 2}
+JIT = {"input_size": 16, "hidden_size": 64, "depth": 2, "num_heads": 2, "bottleneck_dim": 16, "in_context_len": 4, "in_context_start": 1}
 
 
 def network(kind: str = "JiT", **kwargs) -> nn.Module:
     """A small one in which every weight acts."""
     torch.manual_seed(0)
     if kind == "MMJiT":
-        net = models_mmjit.MMJiT(16, 4, hidden_size=64, depth=3, num_heads=2, text_dim=24, bottleneck_dim=16)
+        net = models_mmjit.MMJiT(16, 4, hidden_size=64, depth=2, num_heads=2, text_dim=24, bottleneck_dim=16)
     else:
         net = models_jit.JiT(**(JIT | kwargs), patch_size=4, num_classes=5)
     for param in net.parameters():
@@ -73,7 +73,7 @@ def gradients(call, net, kind, bf16=False, batch=4):
 def test_compiled_blocks_compute_what_eager_ones_do(kind, bf16):
     """By Inductor, which fuses and so rounds in other places: in float32 within 1e-4; in bf16 it is as near to the float32 gradients as eager is."""
     torch._dynamo.reset()
-    net = network(kind, depth=2, in_context_start=1) if kind == "JiT" else network(kind)
+    net = network(kind)
     other = copy.deepcopy(net)
     loss, wanted = gradients(Parallel(net, CPU, False), net, kind)
     rounding = {name: 1e-4 * value.norm() for name, value in wanted.items()}
@@ -127,7 +127,7 @@ def test_a_graph_break_is_an_error(graphs):
 
 
 def test_drawing_sees_the_weights_that_training_changes_and_no_dropout():
-    net = network(proj_drop=0.5, attn_drop=0.5)
+    net = network(depth=4, proj_drop=0.5, attn_drop=0.5)
     train, (draw, _) = Parallel(net, CPU, False), for_drawing(net, CPU, False)
     z, t, y = inputs("JiT", 2)
     assert net.training and torch.equal(draw(z, t, y), draw(z, t, y)) and not torch.equal(train(z, t, y), train(z, t, y))

@@ -74,7 +74,7 @@ def test_the_same_pictures_through_every_route_train_bit_identically(pictures, t
     for route in ("folder", "metadata.jsonl", "coco.json", "parquet", "tar"):
         path, more = write(route, tmp_path / route, pictures)
         flags = [word for name, value in more.items() for word in (f"--{name}", value)]
-        run_job(parse(["--model", "JiT-Nano/8-Tokens", "--img_size", "16", "--data_path", str(path), "--output_dir", str(tmp_path / f"out-{route}"),
+        run_job(parse(["--model", "JiT-Pico/8-Tokens", "--img_size", "16", "--data_path", str(path), "--output_dir", str(tmp_path / f"out-{route}"),
                        "--llm_model_name", str(llm_folder()), "--batch_size", "40", "--epochs", "1", "--num_workers", "0", "--max_text_len", "8", "--device", "cpu", *flags]))  # fmt: skip
         state = torch.load(tmp_path / f"out-{route}" / "checkpoint-last.pth", weights_only=True)["model"]
         digests[route] = {name: value.numpy().tobytes() for name, value in state.items()}

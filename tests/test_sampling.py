@@ -62,7 +62,7 @@ def test_each_rank_may_draw_prompts_of_its_own(trained):
 
 
 def test_a_painter_of_classes_takes_labels(class_data, tmp_path):
-    common = ["--model", "JiT-Nano/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--batch_size", "4"]
+    common = ["--model", "JiT-Pico/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--batch_size", "4"]
     run(*common, "--data_path", str(class_data), "--output_dir", str(tmp_path), "--epochs", "1", "--num_sampling_steps", "2")
     painter = load_painter(tmp_path / "checkpoint-last.pth", device="cpu")
     assert painter([0, 2]).shape == (2, 3, 16, 16) and painter([]).shape == (0, 3, 16, 16)

@@ -69,12 +69,12 @@ def train(text_data, llm_folder, tmp_path):
     [
         pytest.param("fsdp", 2, (), marks=pytest.mark.long),
         ("fsdp", 2, ("--accum_iter", 2, "--grad_clip", 0.05, "--grad_checkpointing", "blocks")),
-        pytest.param("hsdp", 4, ("--model", "MMJiT-Nano/8", "--text_cache", "off", "--llm_layer", "last"), marks=pytest.mark.long),
+        pytest.param("hsdp", 4, ("--model", "MMJiT-Pico/8", "--text_cache", "off", "--llm_layer", "last"), marks=pytest.mark.long),
     ],
 )
 def test_a_sharded_run_trains_as_a_whole_one_does(train, kind, world, more):
     common = ["--batch_size", 4 // world, "--epochs", 2, "--log_freq", 1, "--online_eval", "--eval_freq", 1, "--proj_dropout", 0.2, *more]
-    if "MMJiT-Nano/8" in more:
+    if "MMJiT-Pico/8" in more:
         common.remove("--proj_dropout"), common.remove(0.2)
     one, other = train("whole", world, *common), train("sharded", world, *common, "--parallel", kind)
     assert_alike(one, other)

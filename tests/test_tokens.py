@@ -25,7 +25,7 @@ from text_encoder import LanguageModel
 from util.errors import UserError
 
 PROMPTS = ["赤い三", "夕焼けの海辺を走る柴犬", "富士山と桜"]
-MODELS = ["JiT-Nano/8-Tokens", "MMJiT-Nano/8"]
+MODELS = ["JiT-Pico/8-Tokens", "MMJiT-Pico/8"]
 
 
 @pytest.fixture(params=MODELS)
@@ -121,14 +121,14 @@ def test_a_store_made_ahead_of_time_is_complete_and_the_pooled_one_beside_it_lef
 
 def test_a_checkpoint_of_pooled_text_and_one_of_tokens_are_not_taken_for_each_other(argv, text_data, llm_folder, tmp_path):
     run(*flags(text_data, llm_folder(), tmp_path / "pooled", "--batch_size", 8, "--epochs", 1))
-    with pytest.raises(UserError, match=r"--model is \S+, but .* was trained with JiT-Nano/8-Text"):
+    with pytest.raises(UserError, match=r"--model is \S+, but .* was trained with JiT-Pico/8-Text"):
         run(*argv(tmp_path / "out", "--batch_size", 8, "--epochs", 1, "--resume", tmp_path / "pooled"))
 
 
 @pytest.mark.parametrize("flag", ["--attn_dropout", "--proj_dropout"])
 def test_dropout_with_mm_jit_is_an_error_in_one_line(flag):
-    with pytest.raises(UserError, match="have no effect on --model MMJiT-Nano/8: MM-JiT has no dropout") as error:
-        parse(["--model", "MMJiT-Nano/8", "--img_size", "16", "--data_path", "x", flag, "0.1"])
+    with pytest.raises(UserError, match="have no effect on --model MMJiT-Pico/8: MM-JiT has no dropout") as error:
+        parse(["--model", "MMJiT-Pico/8", "--img_size", "16", "--data_path", "x", flag, "0.1"])
     assert "\n" not in str(error.value)
 
 
@@ -139,7 +139,7 @@ def test_mm_jit_reads_256_tokens_of_a_caption_and_jit_77_unless_told_otherwise()
 
 
 def test_batches_that_shared_memory_cannot_hold_are_called_out(monkeypatch, capsys):
-    job = parse(["--model", "JiT-Nano/8-Tokens", "--img_size", "16", "--batch_size", "8", "--num_workers", "1"])
+    job = parse(["--model", "JiT-Pico/8-Tokens", "--img_size", "16", "--batch_size", "8", "--num_workers", "1"])
     conditions = Conditioning(SimpleNamespace(in_loader=True), torch.zeros(0), bytes_each=10_000)
     takes = 2 * 8 * (3 * 16 * 16 + 10_000)  # two batches are on their way
     for free, warned in ((takes, False), (takes - 1, True)):

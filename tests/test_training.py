@@ -19,7 +19,7 @@ from text_encoder import LanguageModel
 from util import checkpoint
 from util.errors import UserError
 
-TINY = ["--model", "JiT-Nano/8-Text", "--img_size", "16", "--device", "cpu", "--num_workers", "0", "--lr", "1e-3", "--log_freq", "4"]
+TINY = ["--model", "JiT-Pico/8-Text", "--img_size", "16", "--device", "cpu", "--num_workers", "0", "--lr", "1e-3", "--log_freq", "4"]
 SAMPLING = ["--num_sampling_steps", "2", "--cfg", "2", "--num_images", "6", "--gen_bsz", "4"]
 
 
@@ -165,7 +165,7 @@ def test_the_llm_is_bit_identical_after_training_and_in_no_checkpoint(text_data,
 
 
 def test_class_models_train_evaluate_and_draw(class_data, tmp_path):
-    common = ["--model", "JiT-Nano/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--batch_size", "4", *SAMPLING]
+    common = ["--model", "JiT-Pico/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--batch_size", "4", *SAMPLING]
     out = tmp_path / "out"
     common += ["--data_path", str(class_data), "--output_dir", str(out)]
     run(*common, "--epochs", "2", "--online_eval", "--warmup_epochs", "0")
@@ -240,7 +240,7 @@ def test_a_checkpoint_of_another_setting_is_refused_in_one_line(text_data, llm_f
     argv = flags(text_data, llm_folder(), out, "--batch_size", 4, "--epochs", 1)
     run(*argv)
     for extra, message in [
-        (["--model", "JiT-Nano/4-Text"], "--model is JiT-Nano/4-Text, but .* was trained with JiT-Nano/8-Text"),
+        (["--model", "JiT-Pico/4-Text"], "--model is JiT-Pico/4-Text, but .* was trained with JiT-Pico/8-Text"),
         (["--img_size", "32"], "--img_size"),
         (["--noise_scale", "2"], "--noise_scale"),
         (["--max_text_len", "33"], "--max_text_len"),
@@ -258,12 +258,12 @@ def test_a_published_class_checkpoint_resumes_and_draws(class_data, tmp_path):
 
     from models_jit import build_model
 
-    state = {f"net.{name}": value for name, value in build_model("JiT-Nano/8", input_size=16, num_classes=3).state_dict().items()}
-    args = argparse.Namespace(model="JiT-Nano/8", img_size=16, class_num=3, noise_scale=1.0)
+    state = {f"net.{name}": value for name, value in build_model("JiT-Pico/8", input_size=16, num_classes=3).state_dict().items()}
+    args = argparse.Namespace(model="JiT-Pico/8", img_size=16, class_num=3, noise_scale=1.0)
     optimizer = {"state": {0: {}}, "param_groups": [{"params": [0]}]}
     path = tmp_path / "checkpoint-last.pth"
     torch.save({"model": state, "model_ema1": state, "model_ema2": state, "optimizer": optimizer, "epoch": 1, "args": args}, path)
-    common = ["--model", "JiT-Nano/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", *SAMPLING]
+    common = ["--model", "JiT-Pico/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", *SAMPLING]
     common += ["--data_path", str(class_data), "--output_dir", str(tmp_path / "out"), "--resume", str(tmp_path)]
     run(*common, "--generate")
     assert len(list((tmp_path / "out" / "samples").glob("0*.png"))) == 3
@@ -321,7 +321,7 @@ def test_measuring_the_text_gap_changes_nothing(text_data, llm_folder, tmp_path,
         run(*flags(text_data, llm_folder(), tmp_path / name, "--batch_size", 4, "--epochs", 2, "--proj_dropout", "0.2", "--log_freq", often))
     assert_same_training(weights(tmp_path / "often"), weights(tmp_path / "once"))
     assert len(scalars(tmp_path / "often", "text_gap/shuffled")) == 4 and len(scalars(tmp_path / "once", "text_gap/shuffled")) == 1
-    common = ["--model", "JiT-Nano/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--batch_size", "4", "--epochs", "1"]
+    common = ["--model", "JiT-Pico/8", "--img_size", "16", "--class_num", "3", "--device", "cpu", "--num_workers", "0", "--batch_size", "4", "--epochs", "1"]
     run(*common, "--data_path", str(class_data), "--output_dir", str(tmp_path / "class"))
     assert scalars(tmp_path / "class", "train_loss") and scalars(tmp_path / "class", "text_gap/shuffled") is None
 
