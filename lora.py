@@ -4,8 +4,7 @@ An adapter's folder is an ordinary one of peft. Its file also holds the hash of 
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from util import checkpoint
 from util.checkpoint import PREFIX
-from util.ema import Ema
 from util.errors import UserError, need_package, one_line
 from util.files import sha256_of, write_whole
 from util.logging import say
@@ -67,17 +65,11 @@ def check_folder(folder: str) -> None:
         raise UserError(f"--lora {folder}: wanted a folder with {CONFIG} and {FILE}, as --lora_rank and peft write it")
 
 
-def merge_into(net: nn.Module, emas: Sequence[Ema], folder: str, scale: float) -> None:
-    """W <- W + scale alpha / r B A in a network's own weights and in its averages; a scale of 0 leaves every bit as it is.
-
-    Raises: UserError where the adapters are of another network.
-    """
+def compare_base(net: nn.Module, folder: str) -> None:
+    """Adapters go with the weights that they were trained on.  Raises: UserError for a file that cannot be read."""
     base = base_of(folder)
-    if base and base != digest(emas[0].state_dict(net)):
+    if base and base != digest(checkpoint.state_of(net)):
         say(f"warning: --lora {folder} was trained on other weights than these; the pictures may be poor")
-    for place in (nullcontext(), *(ema.applied(net) for ema in emas)):
-        with place:
-            merge(net, folder, scale)
 
 
 def base_of(folder: str) -> str:
@@ -90,6 +82,7 @@ def base_of(folder: str) -> str:
 
 
 def merge(net: nn.Module, folder: str, scale: float) -> None:
+    """W <- W + scale alpha / r B A; a scale of 0 leaves every bit as it is.  Raises: UserError where the adapters are of another network."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
     from peft.utils import load_peft_weights

@@ -61,16 +61,24 @@ class Weights:
     emas: list[Ema]
     step: int = 0  # optimizer steps that made them; 0 for a published file, which does not say
     copy: nn.Module | None = None  # of a sharded network: it draws, and has weights only meanwhile
+    alone: str | None = None  # the one of "1", "2" and "raw" that the network is made of, where nothing else is kept
 
     @property
     def drawn(self) -> nn.Module:
         """The network that draws."""
         return self.copy or self.net
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What can draw."""
+        return (self.alone,) if self.alone else ("1", "2", "raw")
+
     @contextmanager
     def drawing(self, which: str) -> Iterator[None]:
         """Inside, `drawn` computes with an average, "1" or "2", or with the network's own weights, "raw".  Collective where it is sharded."""
-        with self._computing_with(None if which == "raw" else self.emas[int(which) - 1]):
+        if which not in self.kept:
+            raise ValueError(f"{which} was not read, but {self.alone} alone")
+        with self._computing_with(None if which in ("raw", self.alone) else self.emas[int(which) - 1]):
             yield
 
     def _computing_with(self, ema: Ema | None) -> AbstractContextManager:
@@ -462,10 +470,14 @@ def open_for_drawing(job: J) -> tuple[J, Saved]:
 
 
 def restore_weights(saved: Saved, weights: Weights) -> None:
-    """The network and its averages.  Raises: UserError where they do not fit."""
+    """The network and its averages, or what it is made of alone.  Raises: UserError where they do not fit."""
     expected = checkpoint.state_of(weights.net)
-    loads = [partial(checkpoint.load_into, expected), *(ema.load_state_dict for ema in weights.emas)]
-    for name, values, load in zip(("model", "model_ema1", "model_ema2"), [saved.weights, *saved.averages], loads):
+    held = dict(zip(("raw", "1", "2"), [("model", saved.weights), *zip(("model_ema1", "model_ema2"), saved.averages)]))
+    loads = {weights.alone or "raw": partial(checkpoint.load_into, expected)}
+    if not weights.alone:
+        loads |= {str(i + 1): ema.load_state_dict for i, ema in enumerate(weights.emas)}
+    for which, load in loads.items():
+        name, values = held[which]
         if values is None:
             raise UserError(f"{saved.path} has no {name}; wanted a checkpoint with model, model_ema1 and model_ema2")
         load(checkpoint.without_prefix(values, expected, f"{saved.path}, {name},"))

@@ -128,14 +128,23 @@ def make_painter(job: TrainJob | DrawJob, net: nn.Module, null: Y, device: torch
 
 
 def restored(job: DrawJob, saved: resume.Saved, text_width: int | None, device: torch.device) -> Weights:
-    """The weights of a checkpoint, with those of --lora, in a network of their own; the checkpoint is closed."""
-    net = make_network(job, text_width, device)
-    weights = Weights(net=net, emas=averages_of(net, job.averages))
+    """The weights of a checkpoint, with those of --lora, in a network of their own; to --generate, those alone that draw.  The checkpoint is closed."""
+    net, alone = make_network(job, text_width, device), job.drawing.weights if isinstance(job, GenerateJob) else None
+    weights = Weights(net=net, emas=averages_of(net, job.averages, kept=alone is None), alone=alone)
     resume.restore_weights(saved, weights)
     saved.close()
     if job.drawing.lora:
-        lora.merge_into(net, weights.emas, job.drawing.lora, job.drawing.lora_scale)
+        merge_adapters(weights, job.drawing.lora, job.drawing.lora_scale)
     return weights
+
+
+def merge_adapters(weights: Weights, folder: str, scale: float) -> None:
+    """Into all weights that are kept.  Raises: UserError where they do not fit, and nothing is changed."""
+    for which in weights.kept:
+        with weights.drawing(which):
+            if which == weights.kept[0]:
+                lora.compare_base(weights.net, folder)
+            lora.merge(weights.net, folder, scale)
 
 
 def as_prompts(model: Model, prompts: Sequence[str] | None, usual: Sequence[str]) -> list[str] | list[int]:
@@ -200,7 +209,7 @@ class LoadedPainter:
     def add_lora(self, folder: str | Path, scale: float = 1.0) -> None:
         """Add a folder of adapters, as --lora does; several add up.  Raises: UserError where they do not fit, and nothing is changed."""
         lora.check_folder(str(folder))
-        lora.merge_into(self.weights.net, self.weights.emas, str(folder), scale)
+        merge_adapters(self.weights, str(folder), scale)
 
     @cached_property
     def encoder(self):

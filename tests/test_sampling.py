@@ -15,6 +15,7 @@ from test_training import flags, run
 from config import DiffusionConfig, SamplerConfig
 from sampling import Painter, load_painter
 from text_encoder import LanguageModel
+from util import checkpoint
 from util import distributed as dist
 from util.errors import UserError
 
@@ -48,6 +49,17 @@ def test_a_painter_draws_what_generate_draws(trained, llm_folder, tmp_path, monk
     moved = tmp_path / "moved"
     shutil.copytree(llm_folder(), moved)
     assert torch.equal(load_painter(trained, device="cpu", llm=str(moved))(PROMPTS), pictures)
+
+
+@pytest.mark.parametrize(("which", "name"), [("1", "model_ema1"), ("2", "model_ema2"), ("raw", "model")])
+def test_a_painter_holds_the_weights_that_it_draws_with_and_no_others(trained, which, name):
+    painter, wanted = load_painter(trained, weights=which, device="cpu"), checkpoint.load(trained / checkpoint.LAST)[name]
+    with painter.weights.drawing(which):
+        for parameter, value in painter.weights.net.named_parameters():
+            assert torch.equal(value, wanted[checkpoint.PREFIX + parameter]), parameter
+    assert not any(ema.average for ema in painter.weights.emas)
+    with pytest.raises(ValueError, match=f"was not read, but {which} alone"), painter.weights.drawing("2" if which == "1" else "1"):
+        pass
 
 
 def test_each_rank_may_draw_prompts_of_its_own(trained):

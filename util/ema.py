@@ -15,12 +15,12 @@ class Ema:
     """Float32 averages of the trainable parameters: average <- d average + (1 - d) parameter after every optimizer step.
 
     With `warmup`, d = min(decay, (1 + n) / (10 + n)) at update n: without it 30 % of the initial weights are still in an
-    average of decay 0.9999 after 12,000 steps.
+    average of decay 0.9999 after 12,000 steps. With `kept` false it has no tensors: it says what the average is of which a network was made.
     """
 
-    def __init__(self, net: nn.Module, decay: float, warmup: bool = True):
+    def __init__(self, net: nn.Module, decay: float, warmup: bool = True, kept: bool = True):
         self.decay, self.warmup = decay, warmup
-        self.average = {name: param.detach().float().clone() for name, param in net.named_parameters() if param.requires_grad}
+        self.average = {name: param.detach().float().clone() for name, param in net.named_parameters() if param.requires_grad and kept}
 
     def decay_at(self, n: int) -> float:
         return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
@@ -63,5 +63,5 @@ class Ema:
             swap()
 
 
-def averages_of(net: nn.Module, config: Averages) -> list[Ema]:
-    return [Ema(net, decay, config.warmup) for decay in (config.decay1, config.decay2)]
+def averages_of(net: nn.Module, config: Averages, kept: bool = True) -> list[Ema]:
+    return [Ema(net, decay, config.warmup, kept) for decay in (config.decay1, config.decay2)]
