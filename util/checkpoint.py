@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,12 @@ def remove_old(newest: Path, keep_last: int | None) -> None:
 
 
 def remove_unused_parts(folder: Path) -> None:
-    """Those that no checkpoint in the folder says any more."""
+    """Those that no file in the folder says any more, whatever its name."""
     if parts := [*folder.glob("checkpoint-step-*")]:
-        used = {parts_of(load_plain(path)) for path in folder.glob("checkpoint-*.pth")}
+        used = set()
+        for path in folder.glob("*.pth"):
+            with nullcontext() if path.name.startswith("checkpoint-") else suppress(UserError, AttributeError):  # others may be anything
+                used.add(parts_of(load_plain(path)))
         for one in parts:
             if one.name not in used:
                 shutil.rmtree(one, ignore_errors=True)
