@@ -1,7 +1,8 @@
-"""Two machines on one: `python -m benchmarks.two_nodes --out DIR [--parallel fsdp]` (as root, for network namespaces).
+"""Two machines on one: `python -m benchmarks.two_nodes --out DIR [--parallel hsdp --processes 2]` (as root, for network namespaces).
 
 Two torchrun agents, each in a network namespace with an address of its own, meet by rendezvous and train. One of them is killed with all its processes; the other one waits for it.
-It is started again, and they go on. Printed: what happened when, and whether the end is that of two processes on one machine, to the bit.
+It is started again, and they go on. Printed: what happened when, and whether the end is that of as many processes on one machine, to the bit; hsdp's is near that of fsdp,
+since its gradients are summed in another order.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from util import checkpoint
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 NAMES = ("jit-a", "jit-b")
+BATCH = 12  # of all processes
 DEVICES = ("jit0", "jit1")
 
 
@@ -42,20 +44,20 @@ def disconnect() -> None:
         subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
 
 
-def flags(args: argparse.Namespace, run: Path) -> list[str]:
-    found = ["--model", "JiT-Nano/8-Text", "--img_size", "16", "--device", "cpu", "--num_workers", "0", "--batch_size", "6", "--epochs", str(args.epochs)]
+def flags(args: argparse.Namespace, run: Path, parallel: str) -> list[str]:
+    found = ["--model", "JiT-Nano/8-Text", "--img_size", "16", "--device", "cpu", "--num_workers", "0", "--batch_size", str(BATCH // (2 * args.processes))]
     found += ["--data_path", str(args.out / "data"), "--llm_model_name", str(args.out / "llm"), "--output_dir", str(run), "--resume", str(run)]
-    return [*found, "--lr", "1e-3", "--save_freq_steps", "10", "--log_freq", "10", "--parallel", args.parallel]
+    return [*found, "--lr", "1e-3", "--save_freq_steps", "10", "--log_freq", "10", "--parallel", parallel, "--epochs", str(args.epochs)]
 
 
 def agent(number: int, args: argparse.Namespace, run: Path) -> subprocess.Popen:
     """torchrun on one of the machines."""
-    meeting = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=two", f"--rdzv_endpoint={ADDRESSES[0]}:29500"]
+    meeting = ["--nnodes=2", f"--nproc_per_node={args.processes}", "--rdzv_backend=c10d", "--rdzv_id=two", f"--rdzv_endpoint={ADDRESSES[0]}:29500"]
     meeting += [f"--rdzv_conf=is_host={int(number == 0)}", "--max-restarts=3"]  # they have one host name, by which torchrun would know
     line = ["ip", "netns", "exec", NAMES[number], sys.executable, "-m", "torch.distributed.run", *meeting, f"--local-addr={ADDRESSES[number]}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": DEVICES[number], "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     log = open(args.out / f"{NAMES[number]}.txt", "a")  # noqa: SIM115
-    return subprocess.Popen([*line, "main_jit.py", *flags(args, run)], stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return subprocess.Popen([*line, "main_jit.py", *flags(args, run, args.parallel)], stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def wait_for_step(run: Path, step: int, agents: list[subprocess.Popen]) -> None:
@@ -68,13 +70,15 @@ def wait_for_step(run: Path, step: int, agents: list[subprocess.Popen]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp", "hsdp"), default="ddp")
+    parser.add_argument("--processes", type=int, default=1, help="of a node")
     parser.add_argument("--epochs", type=int, default=10, help="of 16 steps")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     make_inputs(args.out)
     whole, killed = args.out / "whole", args.out / "killed"
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_jit.py", *flags(args, whole)]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={2 * args.processes}", "main_jit.py"]
+    line += flags(args, whole, "fsdp" if args.parallel == "hsdp" else args.parallel)
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     began = time.perf_counter()
 

@@ -189,6 +189,20 @@ def test_parts_become_one_file_and_parts_again(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_run_may_save_while_its_checkpoint_is_read(tmp_path, monkeypatch):
+    write_parts(plain_state(3), tmp_path / checkpoint.LAST)
+    read = checkpoint.read_parts
+
+    def late(path, state):
+        monkeypatch.setattr(checkpoint, "read_parts", read)
+        write_parts(plain_state(4), path)
+        shutil.rmtree(tmp_path / "checkpoint-step-3")
+        return read(path, state)
+
+    monkeypatch.setattr(checkpoint, "read_parts", late)
+    assert checkpoint.load(tmp_path / checkpoint.LAST)["step"] == 4
+
+
 def test_a_checkpoint_in_parts_draws_exports_and_begins_other_runs_as_the_file_does(train, tmp_path):
     out = train("file", 0, "--batch_size", 4, "--epochs", 1)
     (tmp_path / "parts").mkdir()
