@@ -43,9 +43,10 @@ DATA = {
     "two-wrong": SceneSet("two", EPOCH + 64, 32, wrong=0.3),
     "two-clean": SceneSet("two", EPOCH // 20 + 12, 32, seed=1),  # a hundredth is held out
     "mixed": SceneSet("mixed", 2 * EPOCH + 64, 64),
+    "mixed-hard": SceneSet("mixed-hard", 8 * EPOCH + 64, 64),
 }
-LENGTHS = {"two-long": 160, "mixed": 48}  # tokens; else 32
-LEVELS = {"mixed": ("three", "count", "two", "one")}  # what is judged; else the data's own
+LENGTHS = {"two-long": 160, "mixed": 48, "mixed-hard": 48}  # tokens; else 32
+LEVELS = dict.fromkeys(("mixed", "mixed-hard"), ("three", "count", "two", "one"))  # what is judged; else the data's own
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def mixed() -> Iterator[Experiment]:
     yield usual("mixed-tokens6", "tokens6", data="mixed", thousands=1000)
     yield usual("mixed-tokens6-n3", "tokens6", data="mixed", noise=3.0, thousands=400, judged=400)
     yield usual("mixed-tokens6-begun", "tokens6", data="mixed", noise=3.0, thousands=800, llm="ja-long", begins="long-short", flags=in_memory)
+    yield usual("mixed-tokens6-hard", "tokens6", data="mixed-hard", noise=3.0, thousands=800, llm="ja-long", begins="long-short")
     yield usual("mixed-mmjit", "mmjit", noise=1.5, data="mixed", thousands=1000)
 
 

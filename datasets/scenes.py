@@ -54,7 +54,8 @@ STEPS = {"右": (1, 0), "左": (-1, 0), "上": (0, -1), "下": (0, 1)}  # x, y f
 INVERSE = {"右": "左", "左": "右", "上": "下", "下": "上"}
 LEVELS = ("one", "two", "three", "count")
 RADII = {"one": (4.5 / 32, 6 / 32), "two": (4.5 / 32, 6 / 32), "three": (6 / 64, 8 / 64), "count": (5.5 / 64, 7 / 64)}  # of a picture's width
-SMALLEST = {"one": 32, "two": 32, "three": 64, "count": 64, "mixed": 64}  # pixels; below it things come nearer than two pixels
+SMALLEST = {"one": 32, "two": 32, "three": 64, "count": 64, "mixed": 64, "mixed-hard": 64}  # pixels; below it things come nearer than two pixels
+HARD_SHARES = (0.05, 0.1, 0.35, 0.5)  # of the levels in "mixed-hard"; in "mixed" all have the same
 SUPERSAMPLING = 8
 SPREAD = 0.15  # of related things over the picture
 
@@ -108,8 +109,12 @@ def any_scene(level: str, rng: random.Random) -> Scene:
 
 
 def random_scene(level: str, rng: random.Random, seen: bool) -> Scene:
-    """A scene of a level ("mixed": of any) with nothing held out, or with at least one held-out pair or count of a pair."""
-    level = rng.choice(LEVELS) if level == "mixed" else level
+    """A scene of a level ("mixed", "mixed-hard": of any) with nothing held out, or with at least one held-out pair or count of a pair."""
+    match level:
+        case "mixed":
+            level = rng.choice(LEVELS)
+        case "mixed-hard":
+            (level,) = rng.choices(LEVELS, HARD_SHARES)
     while is_seen(scene := any_scene(level, rng)) != seen:
         pass
     return scene
@@ -415,9 +420,9 @@ def write_scenes(root: Path, options: SceneSet) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=None, help="folder for images/ and captions/")
-    parser.add_argument("--level", choices=(*LEVELS, "mixed"), default="two", help="mixed: all four, of one size")
+    parser.add_argument("--level", choices=tuple(SMALLEST), default="two", help="mixed: all four, of one size; mixed-hard: mostly three and count")
     parser.add_argument("--count", type=int, default=20_000, help="number of pictures")
-    parser.add_argument("--size", type=int, default=32, help="width and height in pixels; three, count and mixed want 64")
+    parser.add_argument("--size", type=int, default=32, help="width and height in pixels; three, count and both mixed want 64")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--language", choices=("ja", "en"), default="ja")
     parser.add_argument("--long", action="store_true", help="each caption after some 120 characters (English: 470) that say nothing about the picture")

@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
@@ -166,6 +167,13 @@ def test_a_fifth_of_the_pairs_and_a_tenth_of_the_counts_are_held_out():
     unseen = [random_scene("count", rng, seen=False) for _ in range(200)]
     by_count_alone = [scene for scene in unseen if not set(scene.things) & set(HELD_OUT_PAIRS)]
     assert 10 < len(by_count_alone) < 100 and all(set(zip(scene.counts, scene.things)) & HELD_OUT_COUNTS for scene in by_count_alone)
+
+
+@pytest.mark.parametrize(("level", "shares"), [("mixed", [0.25] * 4), ("mixed-hard", [0.05, 0.1, 0.35, 0.5])])
+def test_mixed_scenes_are_of_all_levels(level, shares):
+    rng = random.Random(0)
+    found = Counter(random_scene(level, rng, seen=True).level for _ in range(4000))
+    assert [found[one] / 4000 for one in LEVELS] == pytest.approx(shares, abs=0.03)
 
 
 def test_nothing_held_out_is_in_a_training_set(tmp_path):
