@@ -15,6 +15,7 @@ from PIL import Image
 from test_training import assert_same_training, flags, run, weights
 
 import prepare_data
+from benchmarks.ray_nodes import hashes as sha_of_shards
 from datasets import pieces
 from datasets.prepared import FACTS, INDEX, PreparedPictures
 from datasets.shards import Made, shard_name
@@ -261,6 +262,14 @@ def test_what_is_held_out_of_blocks_is_never_trained_on():
 
 
 @pytest.mark.slow
+def test_ray_makes_the_same_shards(told_data, llm_folder, tmp_path):
+    for engine in ("processes", "ray"):
+        prepare(told_data, tmp_path / engine, "--shard_pictures", 4, "--llm_model_name", llm_folder(), "--engine", engine)
+    one, other = (sha_of_shards(tmp_path / engine) for engine in ("processes", "ray"))
+    assert len(one) == 10 and one == other  # pictures, and the features beside them
+
+
+@pytest.mark.long
 def test_a_ray_cluster_that_loses_a_node_makes_the_same_shards(told_data, llm_folder, tmp_path):
     line = ["--data_path", str(told_data), "--out", str(tmp_path / "out"), "--img_size", "16", "--shard_pictures", "1", "--llm_model_name", str(llm_folder())]
     done = subprocess.run([sys.executable, "-m", "benchmarks.ray_nodes", *line], cwd=ROOT, capture_output=True, text=True, timeout=600)
