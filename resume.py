@@ -472,7 +472,7 @@ def open_for_drawing(job: J) -> tuple[J, Saved]:
 def restore_weights(saved: Saved, weights: Weights) -> None:
     """The network and its averages, or what it is made of alone.  Raises: UserError where they do not fit."""
     expected = checkpoint.state_of(weights.net)
-    held = dict(zip(("raw", "1", "2"), [("model", saved.weights), *zip(("model_ema1", "model_ema2"), saved.averages)]))
+    held = {"raw": ("model", saved.weights), "1": ("model_ema1", saved.averages[0]), "2": ("model_ema2", saved.averages[1])}
     loads = {weights.alone or "raw": partial(checkpoint.load_into, expected)}
     if not weights.alone:
         loads |= {str(i + 1): ema.load_state_dict for i, ema in enumerate(weights.emas)}
