@@ -140,10 +140,10 @@ def restored(job: DrawJob, saved: resume.Saved, text_width: int | None, device: 
 
 def merge_adapters(weights: Weights, folder: str, scale: float) -> None:
     """Into all weights that are kept.  Raises: UserError where they do not fit, and nothing is changed."""
+    with weights.drawing(weights.kept[0]):
+        lora.compare_base(weights.net, folder)
     for which in weights.kept:
         with weights.drawing(which):
-            if which == weights.kept[0]:
-                lora.compare_base(weights.net, folder)
             lora.merge(weights.net, folder, scale)
 
 

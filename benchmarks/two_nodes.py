@@ -15,12 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.kill_test import equal, family, kill, largest_difference, make_inputs, step_of
+from benchmarks.kill_test import BATCH, equal, family, kill, largest_difference, make_inputs, step_of
 from util import checkpoint
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 NAMES = ("jit-a", "jit-b")
-BATCH = 12  # of all processes
 DEVICES = ("jit0", "jit1")
 
 

@@ -134,6 +134,7 @@ def test_a_whole_evaluation_equals_torch_fidelity_on_the_pictures_it_keeps(text_
     shown = [json.loads(line) for line in (path.with_suffix("") / "pictures.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(shown) == 12 and all((path.with_suffix("") / row["file"]).is_file() and row["shows"] in CAPTIONS for row in shown)
     kept = reference.read(text_data / "fid_stats_16.npz")
+    assert metrics.frechet_distance(kept.values, kept.values) < 1e-3  # the data against itself
     assert kept.facts["n"] == kept.facts["files"] == 8 and kept.facts["img_size"] == 16
     assert "not the published file of inception-v3-compat" in printed and f"FID-12 {record['figures']['fid']:.3f}" in printed
     setting = record["setting"]

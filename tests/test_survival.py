@@ -289,8 +289,7 @@ def test_a_signal_while_evaluating_leaves_at_once_with_all_saved(text_data, llm_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_torchrun_goes_on_by_itself_after_a_rank_died(processes, text_data, llm_folder, tmp_path):
+def test_torchrun_goes_on_by_itself_after_a_rank_died(text_data, llm_folder, tmp_path):
     script = tmp_path / "dies_once.py"
     script.write_text(
         f"""
@@ -299,7 +298,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import engine_jit, main_jit
 take = engine_jit.take_step
 def once(state, *rest):
-    if state.step == 5 and os.environ["RANK"] == "{processes - 1}" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if state.step == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return take(state, *rest)
 engine_jit.take_step = once
@@ -310,15 +309,13 @@ main_jit.main()
     out = tmp_path / "out"
 
     def argv(out):
-        return flags(
-            text_data, llm_folder(), out, "--model", "JiT-Nano/8-Text", "--batch_size", 2 // processes, "--epochs", 2, "--save_freq_steps", 2, "--resume", out
-        )
+        return flags(text_data, llm_folder(), out, "--model", "JiT-Nano/8-Text", "--batch_size", 1, "--epochs", 2, "--save_freq_steps", 2, "--resume", out)
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=1", str(script), *argv(out)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", str(script), *argv(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=170, env=environment)
     assert done.returncode == 0 and "next epoch 1" in done.stdout, done.stderr[-3000:]
-    in_ranks(processes, lambda: run(*argv(tmp_path / "whole")))
+    in_ranks(2, lambda: run(*argv(tmp_path / "whole")))
     assert_same_training(weights(tmp_path / "whole"), weights(out))
 
 
