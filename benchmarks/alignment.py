@@ -42,6 +42,7 @@ DATA = {
     "two-long": SceneSet("two", 30_000 + 64, 32, long=True),
     "two-wrong": SceneSet("two", EPOCH + 64, 32, wrong=0.3),
     "two-clean": SceneSet("two", EPOCH // 20 + 12, 32, seed=1),  # a hundredth is held out
+    "count": SceneSet("count", 2 * EPOCH + 64, 64),
     "mixed": SceneSet("mixed", 2 * EPOCH + 64, 64),
     "mixed-hard": SceneSet("mixed-hard", 8 * EPOCH + 64, 64),
 }
@@ -126,6 +127,11 @@ def mixed() -> Iterator[Experiment]:
     yield usual("mixed-mmjit", "mmjit", noise=1.5, data="mixed", thousands=1000)
 
 
+def counts() -> Iterator[Experiment]:
+    """Counts alone: what the other levels cost them."""
+    yield usual("counts-tokens6", "tokens6", data="count", noise=3.0, thousands=200)
+
+
 def choices() -> Iterator[Experiment]:
     """Which states of the language model tokens should be."""
     for layer in ("mean", "last"):
@@ -172,7 +178,7 @@ def optimizers() -> Iterator[Experiment]:
             yield usual(f"optimizers-{optimizer}-seed{seed}", "tokens6", seed=seed, lr=best, thousands=100, optimizer=optimizer)
 
 
-GROUPS = {group.__name__: tuple(group()) for group in (two, ways, sweep, others, mixed, choices, curve, english, long, stages, optimizers)}
+GROUPS = {group.__name__: tuple(group()) for group in (two, ways, sweep, others, mixed, counts, choices, curve, english, long, stages, optimizers)}
 
 
 # --- what an experiment needs
