@@ -46,7 +46,7 @@ DATA = {
     "mixed": SceneSet("mixed", 2 * EPOCH + 64, 64),
     "mixed-hard": SceneSet("mixed-hard", 8 * EPOCH + 64, 64),
 }
-LENGTHS = {"two-long": 160, "mixed": 48, "mixed-hard": 48}  # tokens; else 32
+LENGTHS = {"two-long": 160, "count": 16, "mixed": 48, "mixed-hard": 48}  # tokens; else 32
 LEVELS = dict.fromkeys(("mixed", "mixed-hard"), ("three", "count", "two", "one"))  # what is judged; else the data's own
 
 

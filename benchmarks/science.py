@@ -3,8 +3,8 @@
 toy       a spiral in 2 of D dimensions, an MLP that predicts x, eps or v, all under the v-loss: how far what it draws is from the spiral
 pictures  {x, eps, v} predictions under {x, eps, v} losses on coloured digits, in patches of 4, 8, 16 and 32: do the drawn pictures show what was asked for?
 noise     x-prediction under other laws of t and scales of the noise
-Path, losses, solver, averages, optimizer and learning rate are the project's own. What is done already is kept below --out, and the same command goes on; at the end it
-prints the tables and draws toy.png and pictures.png.  The short form: D of 2, 16, 512 and the row of the v-loss at patches of 4 and 32, one seed.
+Path, losses, solver, averages, optimizer and learning rate are the project's own. What is done already is kept below --out, a network a line in found.jsonl, and the same
+command goes on; at the end it prints the tables and draws toy.png and pictures.png.  The short form: D of 2, 16, 512 and the row of the v-loss at patches of 4 and 32, one seed.
 """
 
 import argparse
@@ -62,6 +62,7 @@ class Experiment:
     seed: int = 0
     lr: float = 1e-3
     steps: int = 4000
+    batch: int = 256
     drawn: int = 20_000
     P_mean: float = -0.8  # of t; the toy's t is uniform
     noise: float = 1.0
@@ -71,12 +72,17 @@ class Experiment:
         return "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in asdict(self).values())
 
 
+def drawn_by(one: Experiment, out: Path) -> Path:
+    """Some of the points or pictures that it drew."""
+    return out / "drawn" / f"{one.name}.{'npy' if one.kind == 'toy' else 'png'}"
+
+
 def toy(predicts: str, dims: int, **more) -> Experiment:
     return Experiment("toy", predicts, dims, **{"steps": 10_000, **more})
 
 
 def pictures(predicts: str, patch: int, **more) -> Experiment:
-    return Experiment("pictures", predicts, patch, **{"steps": 1500, "drawn": 800, **more})
+    return Experiment("pictures", predicts, patch, **{"steps": 1200, "batch": 32, "drawn": 400, **more})
 
 
 def tuned(one: Experiment, found: dict[Experiment, dict]) -> Experiment:
@@ -91,8 +97,8 @@ def trial(one: Experiment, lr: float) -> Experiment:
 def short_form() -> list[Experiment]:
     """The dearest first; few steps, at rates that serve x-prediction well."""
     return [
-        *(pictures(predicts, 4, steps=350, drawn=300, lr=3e-3) for predicts in PREDICTIONS),
-        *(pictures(predicts, 32, steps=600, drawn=300) for predicts in PREDICTIONS),
+        *(pictures(predicts, 4, steps=350, batch=64, drawn=300, lr=3e-3) for predicts in PREDICTIONS),
+        *(pictures(predicts, 32, steps=600, batch=64, drawn=300) for predicts in PREDICTIONS),
         *(toy(predicts, dims, steps=3000) for dims in (512, 16, 2) for predicts in PREDICTIONS),
     ]
 
@@ -110,8 +116,10 @@ def noise_form(found: dict[Experiment, dict]) -> list[Experiment]:
     return [*(replace(base, P_mean=m) for m in (0.0, -0.4, -0.8, -1.2)), *(replace(base, noise=scale) for scale in (0.5, 2.0))]
 
 
-def with_seeds(experiments: Iterable[Experiment]) -> list[Experiment]:
-    return [replace(one, seed=seed) for one in experiments for seed in range(5 if one.kind == "toy" else 3)]
+def seeded_form(found: dict[Experiment, dict]) -> list[Experiment]:
+    """All that the tables are made of, when the trials are found."""
+    tuned_form = [*(tuned(one, found) for one in full_form()), *noise_form(found)]
+    return [replace(one, seed=seed) for one in dict.fromkeys(tuned_form) for seed in range(5 if one.kind == "toy" else 3)]
 
 
 # --- training and drawing, which all share
@@ -164,11 +172,11 @@ def sliced_distance(a: Tensor, b: Tensor, directions: int = 128) -> float:
     return float(((a @ rays).sort(dim=0).values - (b @ rays).sort(dim=0).values).square().mean().sqrt())
 
 
-def run_toy(one: Experiment, folder: Path) -> dict:
+def run_toy(one: Experiment, out: Path) -> dict:
     place = plane(one.dims)
 
     def batch_of(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        x = spiral(256, generator) @ place.T
+        x = spiral(one.batch, generator) @ place.T
         return x[:, :, None, None], torch.rand(len(x), generator=generator), torch.zeros(len(x))
 
     torch.manual_seed(one.seed)
@@ -176,7 +184,7 @@ def run_toy(one: Experiment, folder: Path) -> dict:
     points = draw(state, one, (one.dims, 1, 1), torch.zeros(one.drawn), 4000).flatten(1)
     fresh = [spiral(one.drawn, torch.Generator().manual_seed(1000 + 2 * one.seed + i)) for i in range(2)]
     inside = points @ place
-    np.save(folder / f"{one.name}.npy", inside[:2000].numpy())
+    np.save(drawn_by(one, out), inside[:2000].numpy())
     beside = (points - inside @ place.T).square().sum(1).mean().sqrt()
     return {"distance": sliced_distance(inside, fresh[0]), "beside": float(beside), "floor": sliced_distance(fresh[1], fresh[0])}
 
@@ -255,13 +263,13 @@ def eyes(path: Path) -> Eyes:
     return Eyes(path)
 
 
-def run_pictures(one: Experiment, folder: Path, compile: bool = False) -> dict:
+def run_pictures(one: Experiment, out: Path, compile: bool = False) -> dict:
     """compile: a quarter of the time less, and half a minute once a process and patch size."""
-    seen, (drawn, pairs) = eyes(folder.parent / "classifier.pt"), digits()
+    seen, (drawn, pairs) = eyes(out / "classifier.pt"), digits()
 
     def batch_of(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = torch.randint(len(drawn), (64,), generator=generator)
-        t = sample_time(torch.randn(64, generator=generator), DiffusionConfig(P_mean=one.P_mean))
+        chosen = torch.randint(len(drawn), (one.batch,), generator=generator)
+        t = sample_time(torch.randn(one.batch, generator=generator), DiffusionConfig(P_mean=one.P_mean))
         return to_model_range(drawn[chosen]), t, pairs[chosen]
 
     torch.manual_seed(one.seed)
@@ -273,7 +281,7 @@ def run_pictures(one: Experiment, folder: Path, compile: bool = False) -> dict:
     asked = torch.arange(one.drawn) % len(PAIRS)
     made = draw(state, one, (3, SIZE, SIZE), asked, 50)
     levels = to_levels(made.nan_to_num(0.0))
-    to_image(torch.cat([*levels[:24]], dim=2)).save(folder / f"{one.name}.png")
+    to_image(torch.cat([*levels[:24]], dim=2)).save(drawn_by(one, out))
     right = [found == PAIRS[pair] for found, pair in zip(seen.judge([to_image(picture) for picture in levels]), asked.tolist())]
     return {
         "right": sum(right),
@@ -287,51 +295,72 @@ def run_pictures(one: Experiment, folder: Path, compile: bool = False) -> dict:
 # --- all of them
 
 
-def run_one(one: Experiment, folder: Path, compile: bool = False) -> dict:
-    """From its file, if it is there."""
-    path = folder / f"{one.name}.json"
-    if path.exists():
-        return json.loads(path.read_text())["found"]
-    found = run_toy(one, folder) if one.kind == "toy" else run_pictures(one, folder, compile)
-    write_whole(path, lambda file: file.write(json.dumps({"experiment": asdict(one), "found": found}, indent=1).encode()))
-    return found
+def run_one(one: Experiment, out: Path, compile: bool = False) -> dict:
+    return run_toy(one, out) if one.kind == "toy" else run_pictures(one, out, compile)
 
 
-def run_all(experiments: Sequence[Experiment], folder: Path, jobs: int, compile: bool = False) -> dict[Experiment, dict]:
-    experiments = list(dict.fromkeys(experiments))
-    found, bar = {}, progress(len(experiments), "networks", unit="network")
+class Found(dict[Experiment, dict]):
+    """What networks are measured to do, in a file of a line each, so that a run goes on and figures can be checked."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        for line in path.read_text().splitlines() if path.exists() else ():
+            said = json.loads(line)
+            self[Experiment(**said["experiment"])] = said["found"]
+
+    def keep(self, one: Experiment, found: dict) -> None:
+        self[one] = found
+        lines = (json.dumps({"experiment": asdict(of), "found": what}) + "\n" for of, what in self.items())
+        write_whole(self.path, lambda file: file.write("".join(lines).encode()))
+
+    def of(self, experiments: Iterable[Experiment]) -> dict[Experiment, dict]:
+        return {one: self[one] for one in experiments}
+
+
+def run_all(experiments: Sequence[Experiment], found: Found, out: Path, jobs: int, compile: bool = False) -> None:
+    """Those that are not found yet, into found."""
+    left = [one for one in dict.fromkeys(experiments) if one not in found]
+    if not left:
+        return
+    bar = progress(len(left), "networks", unit="network")
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = {pool.submit(run_one, one, folder, compile): one for one in experiments}
+        waiting = {pool.submit(run_one, one, out, compile): one for one in left}
         for done in as_completed(waiting):
-            found[waiting[done]] = done.result()
-            say(
-                f"{waiting[done].name}: {', '.join(f'{name} {value:.4g}' for name, value in done.result().items() if isinstance(value, int | float) and name in ('distance', 'right', 'of'))}"
-            )
+            one, result = waiting[done], done.result()
+            found.keep(one, result)
+            say(f"{one.name}: {', '.join(f'{name} {result[name]:.4g}' for name in ('distance', 'right', 'of') if name in result)}")
             bar.update()
     bar.close()
-    return found
 
 
-def run(folder: Path, full: bool, jobs: int) -> dict[Experiment, dict]:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder.parent / "classifier.pt").exists():
-        train_classifier(folder.parent / "classifier.pt", 1500)
+def run(out: Path, full: bool, jobs: int) -> dict[Experiment, dict]:
+    """Returns: what belongs to the form."""
+    (out / "drawn").mkdir(parents=True, exist_ok=True)
+    if not (out / "classifier.pt").exists():
+        train_classifier(out / "classifier.pt", 1500)
+    found = Found(out / "found.jsonl")
     if not full:
-        return run_all(short_form(), folder, jobs)
+        run_all(short_form(), found, out, jobs)
+        return found.of(short_form())
     compile = not parallel.compiler_lacks(CPU)
-    trials = run_all([trial(one, lr) for one in full_form() for lr in RATES], folder, jobs, compile)
-    chosen = [tuned(one, trials) for one in full_form()]
-    return run_all(with_seeds([*chosen, *noise_form(trials)]), folder, jobs, compile)
+    run_all([trial(one, lr) for one in full_form() for lr in RATES], found, out, jobs, compile)
+    run_all(seeded_form(found), found, out, jobs, compile)
+    return found.of(seeded_form(found))
 
 
 # --- what is told
 
 
+def setting(one: Experiment) -> Experiment:
+    """What seeds share, whatever its rate and length."""
+    return replace(one, seed=0, lr=0.0, steps=0, batch=0, drawn=0)
+
+
 def groups(found: dict[Experiment, dict]) -> dict[Experiment, list[dict]]:
-    """The seeds of each experiment, whatever its rate."""
+    """The seeds of each setting."""
     gathered: dict[Experiment, list[dict]] = {}
     for one, result in sorted(found.items(), key=lambda item: item[0].seed):
-        gathered.setdefault(replace(one, seed=0, lr=0.0, steps=0, drawn=0), []).append(result)
+        gathered.setdefault(setting(one), []).append(result)
     return gathered
 
 
@@ -354,7 +383,7 @@ def toy_table(gathered: dict[Experiment, list[dict]]) -> Iterator[str]:
     yield "| D | floor | " + " | ".join(f"{predicts}-prediction" for predicts in PREDICTIONS) + " | beside the plane: " + ", ".join(PREDICTIONS) + " |"
     yield "|---|---|---|---|---|---|"
     for dims in DIMENSIONS:
-        results = [gathered.get(replace(toy(predicts, dims), lr=0.0, steps=0, drawn=0)) for predicts in PREDICTIONS]
+        results = [gathered.get(setting(toy(predicts, dims))) for predicts in PREDICTIONS]
         if all(results):
             cells = [spread([result["distance"] for result in of]) for of in results]
             beside = ", ".join(figure(mean(result["beside"] for result in of)) for of in results)
@@ -372,7 +401,7 @@ def pictures_table(gathered: dict[Experiment, list[dict]]) -> Iterator[str]:
     yield f"|{'---|' * 8}"
     for patch in PATCHES:
         for loss in LOSSES:
-            results = [gathered.get(replace(pictures(predicts, patch, loss=loss), lr=0.0, steps=0, drawn=0)) for predicts in PREDICTIONS]
+            results = [gathered.get(setting(pictures(predicts, patch, loss=loss))) for predicts in PREDICTIONS]
             if all(results):
                 cells = [*map(share, results), *(spread([result["distance"] for result in of]) for of in results)]
                 yield f"| {patch}, {3 * patch**2:,} | {loss} | {' | '.join(cells)} |"
@@ -386,7 +415,7 @@ def noise_table(gathered: dict[Experiment, list[dict]]) -> Iterator[str]:
             yield f"| {one.P_mean:g} | {one.noise:g} | {share(results)} | {spread([result['distance'] for result in results])} |"
 
 
-def draw_toy(found: dict[Experiment, dict], folder: Path) -> None:
+def draw_toy(found: dict[Experiment, dict], out: Path) -> None:
     """The first seed's points, a row of each prediction, into toy.png."""
     from matplotlib import pyplot
 
@@ -396,12 +425,12 @@ def draw_toy(found: dict[Experiment, dict], folder: Path) -> None:
     for row, predicts in zip(axes, PREDICTIONS):
         for place, dims in zip(row, dimensions):
             one = shown[predicts, dims]
-            place.scatter(*np.load(folder / f"{one.name}.npy").T, s=1)
+            place.scatter(*np.load(drawn_by(one, out)).T, s=1)
             place.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), xticks=[], yticks=[], aspect="equal", title=f"{predicts}, D = {dims}: {found[one]['distance']:.2g}")
-    sheet.savefig(folder.parent / "toy.png", dpi=110)
+    sheet.savefig(out / "toy.png", dpi=110)
 
 
-def draw_pictures(found: dict[Experiment, dict], folder: Path) -> None:
+def draw_pictures(found: dict[Experiment, dict], out: Path) -> None:
     """What the first seed drew under the v-loss, a block of each patch size with a row of each prediction, into pictures.png."""
     from matplotlib import pyplot
 
@@ -411,13 +440,13 @@ def draw_pictures(found: dict[Experiment, dict], folder: Path) -> None:
     patches = [patch for patch in PATCHES if (patch, "x") in shown]
     sheet, axes = pyplot.subplots(len(patches) * len(PREDICTIONS), 1, figsize=(10, 0.6 * len(patches) * len(PREDICTIONS)), layout="constrained")
     for place, (patch, predicts) in zip(axes, ((patch, predicts) for patch in patches for predicts in PREDICTIONS)):
-        place.imshow(pyplot.imread(folder / f"{shown[patch, predicts].name}.png"))
+        place.imshow(pyplot.imread(drawn_by(shown[patch, predicts], out)))
         place.set(xticks=[], yticks=[])
         place.set_ylabel(f"{predicts}, {patch}", rotation=0, ha="right", va="center")
-    sheet.savefig(folder.parent / "pictures.png", dpi=110)
+    sheet.savefig(out / "pictures.png", dpi=110)
 
 
-def tell(found: dict[Experiment, dict], folder: Path) -> None:
+def tell(found: dict[Experiment, dict], out: Path) -> None:
     gathered = groups(found)
     floors = [result["floor"] for one, results in gathered.items() if one.kind == "pictures" for result in results]
     for title, lines in (
@@ -427,9 +456,9 @@ def tell(found: dict[Experiment, dict], folder: Path) -> None:
     ):
         if len(table := list(lines)) > 2:
             print(f"\n{title}\n", *table, sep="\n")
-    draw_toy(found, folder)
-    draw_pictures(found, folder)
-    print(f"\n{folder.parent / 'toy.png'}, {folder.parent / 'pictures.png'}")
+    draw_toy(found, out)
+    draw_pictures(found, out)
+    print(f"\n{out / 'toy.png'}, {out / 'pictures.png'}")
 
 
 def main() -> None:
@@ -438,8 +467,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="all of it, about six hours on two cores")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, each on one core")
     args = parser.parse_args()
-    folder = args.out / "results"
-    tell(run(folder, args.full, args.jobs), folder)
+    tell(run(args.out, args.full, args.jobs), args.out)
 
 
 if __name__ == "__main__":

@@ -48,16 +48,18 @@ def test_the_network_of_the_toy_has_five_layers():
 
 
 def test_the_smallest_case_of_each_is_measured_kept_and_told(tmp_path, capsys):
-    folder = tmp_path / "results"
-    folder.mkdir()
+    (tmp_path / "drawn").mkdir()
     science.train_classifier(tmp_path / "classifier.pt", 2)
     experiments = [science.toy(predicts, 2, steps=200, drawn=1000) for predicts in PREDICTIONS]
     experiments += [science.pictures(predicts, 32, steps=2, drawn=20) for predicts in PREDICTIONS]
-    found = {one: science.run_one(one, folder) for one in experiments}
-    untrained = science.run_one(replace(experiments[0], steps=1), folder)
+    found = science.Found(tmp_path / "found.jsonl")
+    for one in experiments:
+        found.keep(one, science.run_one(one, tmp_path))
+    untrained = science.run_one(replace(experiments[0], steps=1), tmp_path)
     assert found[experiments[0]]["distance"] < untrained["distance"]
-    assert {one: science.run_one(one, folder) for one in experiments} == found  # from their files
-    science.tell(found, folder)
+    assert science.Found(tmp_path / "found.jsonl") == found
+    science.run_all(experiments, found, tmp_path, jobs=0)  # nothing is left, so no process is wanted
+    science.tell(found, tmp_path)
     told = capsys.readouterr().out
     assert "| 2 |" in told and "| 32, 3,072 | v |" in told
     assert (tmp_path / "toy.png").stat().st_size and (tmp_path / "pictures.png").stat().st_size
@@ -68,4 +70,6 @@ def test_the_full_form_has_what_the_paper_has_and_chooses_the_best_rate():
     assert len([one for one in full if one.kind == "toy"]) == 15 and len([one for one in full if one.kind == "pictures"]) == 36
     found = {science.trial(one, lr): {"distance": abs(lr - 1e-3)} for one in full for lr in science.RATES}
     assert {science.tuned(one, found).lr for one in full} == {1e-3}
+    seeds = science.seeded_form(found)
+    assert len(seeds) == len(set(seeds)) == 15 * 5 + (36 + 5) * 3  # x-prediction in patches of 8 under the v-loss is one of both tables
     assert {(one.P_mean, one.noise) for one in science.noise_form(found)} == {(0, 1), (-0.4, 1), (-0.8, 1), (-1.2, 1), (-0.8, 0.5), (-0.8, 2)}
