@@ -63,8 +63,8 @@ class TextFlags(Config):
     use_text_conditioning: bool = flag(
         False,
         "use_text_conditioning",
-        "condition on captions; implied by a -Text model, an error with another",
-        "キャプションで条件付けします。-Text モデルでは自動で有効、それ以外ではエラーです",
+        "condition on captions; implied by a text model, an error with a class model",
+        "キャプションで条件付けします。テキスト条件のモデルでは自動で有効、クラス条件のモデルではエラーです",
     )
     freeze_llm: bool = flag(
         True,

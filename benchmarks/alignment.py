@@ -129,7 +129,7 @@ def mixed() -> Iterator[Experiment]:
 
 def counts() -> Iterator[Experiment]:
     """Counts alone: what the other levels cost them."""
-    yield usual("counts-tokens6", "tokens6", data="count", noise=3.0, thousands=200)
+    yield usual("counts-tokens6", "tokens6", data="count", noise=3.0, thousands=150)
 
 
 def choices() -> Iterator[Experiment]:

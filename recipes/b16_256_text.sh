@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # JiT-B/16 on captioned pictures of 256 x 256 pixels: the place to start.
 #
-#   DATA=my_data OUT=output/b16 GPUS=8 bash recipes/b16_256_text.sh [more flags]      (these are the defaults)
+#   DATA=my_data OUT=output/b16_text GPUS=8 bash recipes/b16_256_text.sh [more flags]      (these are the defaults)
 #
 # Effective batch 1024 = 128 x 8 GPUs; learning rate 2e-4 = blr x 1024 / 256, constant after five epochs of warm-up.
 # With fewer GPUs add --accum_iter so that the product stays 1024: GPUS=4 bash recipes/b16_256_text.sh --accum_iter 2
@@ -20,7 +20,7 @@
 set -euo pipefail
 
 DATA=${DATA:-my_data}
-OUT=${OUT:-output/b16}
+OUT=${OUT:-output/b16_text}
 GPUS=${GPUS:-8}
 
 torchrun --nproc_per_node="$GPUS" --nnodes=1 --node_rank=0 main_jit.py \

@@ -8,6 +8,7 @@
 # text projection and the mask token, and the null label's vector goes into the time embedding (OUT/init_from.txt lists every tensor).
 # On the demo's digits (benchmarks/README.md) class weights were worth half of the steps to a -Text model, and a quarter or more of those to a -Tokens
 # model, which has to learn to read by attention. What they are worth here is open: watch text_gap/shuffled, and stop where it stays at zero.
+# The noise scale is 1, which the class weights were trained with.
 # 200 epochs, the paper's shorter training, where recipes/b16_256_tokens.sh has 600, and one epoch of warm-up: a choice, not a finding.
 # The language model reads each caption once, so it may be large: 40 tokens of llm-jp-3-3.7b take 246 KB in the store. For more than some hundred thousand
 # captions give --llm_model_name llm-jp/llm-jp-3-440m (82 KB); docs/text.md says when to do without a store.

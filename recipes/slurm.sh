@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The run of b16_256_text.sh under Slurm, on two nodes of eight GPUs: one torchrun a node, which meet at the first node.
 #
-#   DATA=my_data OUT=output/b16 sbatch recipes/slurm.sh [more flags]
+#   DATA=my_data OUT=output/b16_text sbatch recipes/slurm.sh [more flags]
 #
 # Five minutes before its time is over Slurm sends SIGUSR1: the run finishes its step, saves, and this job is queued again by itself. Where a node dies
 # Slurm queues the job again too (--requeue). Either way it goes on where it was saved. OUT has to be on a disk that all nodes share.
@@ -20,7 +20,7 @@
 set -euo pipefail
 
 DATA=${DATA:-my_data}
-OUT=${OUT:-output/b16}
+OUT=${OUT:-output/b16_text}
 GPUS=${GPUS:-8}  # of a node
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 OMP_NUM_THREADS=1

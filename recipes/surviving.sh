@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The run of b16_256_text.sh on machines that are taken away: it saves within epochs, finishes on signals, and torchrun starts it
+# The run of b16_256_text.sh on machines that may be stopped at any time: it saves within epochs, finishes on signals, and torchrun starts it
 # again when a process dies. It may go on with what b16_256_text.sh began, and the other way round.
-# docs/running.md, "Surviving", says what happens when. The variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE is for torch 2.15 with gloo,
+# docs/running.md, "Preemption and failures", says what happens when. The variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE is for torch 2.15 with gloo,
 # where restarts otherwise fail.
 #
-#   DATA=my_data OUT=output/b16 GPUS=8 bash recipes/surviving.sh [more flags]      (these are the defaults)
+#   DATA=my_data OUT=output/b16_text GPUS=8 bash recipes/surviving.sh [more flags]      (these are the defaults)
 #
 # Effective batch 1024 = 128 x 8 GPUs; learning rate 2e-4 = blr x 1024 / 256, constant after five epochs of warm-up.
 # With fewer GPUs add --accum_iter so that the product stays 1024: GPUS=4 bash recipes/surviving.sh --accum_iter 2
@@ -24,7 +24,7 @@
 set -euo pipefail
 
 DATA=${DATA:-my_data}
-OUT=${OUT:-output/b16}
+OUT=${OUT:-output/b16_text}
 GPUS=${GPUS:-8}
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
