@@ -143,7 +143,7 @@ def times_of(steps: int, shift: float) -> list[float]:
     Float32, so that guidance sets in at the same step as in the published sampler.
     """
     t = torch.linspace(0, 1, steps + 1)
-    return (t if shift == 1 else t / (shift - (shift - 1) * t)).tolist()
+    return [*(t if shift == 1 else t / (shift - (shift - 1) * t)).tolist()[:-1], 1.0]  # the quotient is not always exactly 1
 
 
 def solve(v_fn: VelocityFn, z: Tensor, method: str, times: Sequence[float]) -> Tensor:

@@ -140,7 +140,7 @@ class Transfer:
         elif now == "pooled" or before == "tokens":  # else it stays new: tokens are read by attention, and as quiet as classes were they are found late
             self.make(PROJ, scaled(target[PROJ], spread), f"new, with the spread of the {before}")
         if now == "pooled":
-            self.make(BIAS, resting - (self.values[PROJ] @ self.null.flatten().to(resting.device) if before == "labels" else 0), f"of the {before} at rest")
+            self.make(BIAS, resting - (self.values[PROJ] @ self.null.flatten().cpu() if before == "labels" else 0), f"of the {before} at rest")
             return names
         self.make(BIAS, source[BIAS] if before == "tokens" else resting, f"of the {before} at rest")
         self.make(MASK, resting.reshape(1, 1, -1), f"of the {before} at rest")
@@ -163,7 +163,7 @@ def transfer(origin: Saved, net: nn.Module, same_text: bool, null: Y) -> Report:
     """Load what `net` can have of the origin's first average.  Raises: UserError where its blocks are other ones."""
     source = {name.removeprefix(checkpoint.PREFIX): value for name, value in origin.best.items()}
     source.pop("pos_embed", None)  # a fixed table; the network's own is of its own grid
-    target = {name: value for name, value in net.state_dict().items() if name != "pos_embed"}
+    target = {name: value.cpu() for name, value in net.state_dict().items() if name != "pos_embed"}  # the net may be on a GPU; the origin lies in memory
     for name, value in target.items():
         if "blocks." in name and (name not in source or source[name].shape != value.shape):
             raise UserError(f"--init_from {origin.path} does not fit --model: {name} is not there or of another shape; wanted the same family and size")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import wake, write_text_data
 from test_training import flags, run, weights
+from torch._subclasses import FakeTensorMode
 
 import models_jit
 import models_mmjit
@@ -79,6 +80,20 @@ def test_from_classes_to_tokens_the_nulls_output_stays():
     longer = jit("JiT-Nano/4-Tokens", 1, text_dim=24, text_len=20)
     assert "the first 8 copied" in begun(origin, longer).made["in_context_posemb"]
     assert torch.equal(longer.in_context_posemb[:, :8], origin.in_context_posemb)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same_text"), [("", "-Text", False), ("", "-Tokens", False), ("-Text", "-Tokens", True), ("-Text", "-Text", False), ("-Tokens", "-Tokens", False)]
+)
+def test_a_network_on_a_gpu_takes_weights_that_lie_in_memory(old, new, same_text):
+    """Told by tensors without values: torch refuses an operation on two devices all the same."""
+    with FakeTensorMode():
+        sizes = {"": {}, "-Text": {"text_dim": 24}, "-Tokens": {"text_dim": 24, "text_len": 20}}
+        origin = models_jit.build_model(f"JiT-Nano/4{old}", **SIZE, num_classes=10, **sizes[old])
+        with torch.device("cuda"):
+            net = models_jit.build_model(f"JiT-Nano/4{new}", **SIZE, num_classes=10, **sizes[new])
+        assert net.t_embedder.mlp[0].weight.is_cuda
+        transfer(saved(origin), net, same_text, torch.zeros(1, 24, device="cuda"))
 
 
 def test_from_pooled_text_to_tokens_the_mean_captions_output_stays():
