@@ -805,7 +805,7 @@ class AppJob(Config):
     resume: str = flag(
         "", "resume", "checkpoint file, or folder with checkpoint-last.pth", "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ"
     )
-    weights: str = flag("1", "eval_ema", "weights that draw", "描画に使う重み", choices=("1", "2", "raw"))
+    weights: str | None = flag(None, "eval_ema", "weights that draw", "描画に使う重み", choices=("1", "2", "raw"), shown="as the checkpoint says")
     device: str = flag("auto", "device", "auto: a GPU where there is one", "auto は GPU があれば GPU", choices=("auto", "cuda", "cpu"))
     llm: str | None = flag(
         None, "llm_model_name", "where the language model's folder is now", "言語モデルのフォルダの現在の場所", shown="as the checkpoint says"
@@ -819,8 +819,8 @@ class AppJob(Config):
     host: str = flag(
         "127.0.0.1",
         "host",
-        "address that the page is served at; 0.0.0.0 lets everyone in who reaches this machine",
-        "ページを公開するアドレス。0.0.0.0 にすると、この機械に届く人は誰でも使えます",
+        "address that the page is served at; 0.0.0.0 lets everyone in who can reach this machine",
+        "ページを公開するアドレス。0.0.0.0 にすると、このマシンに接続できる人は誰でも使えます",
     )
     port: int = flag(
         7860,

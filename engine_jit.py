@@ -153,9 +153,13 @@ def train_one_epoch(training: Training, batches: Iterator[Batch], epoch: int, fi
 
 @contextmanager
 def loader_deaths() -> Iterator[None]:
-    """Raises: UserError where a loader's process died; torch tells of it wherever the program is."""
+    """Raises: UserError where a loader's process died, or met one; torch tells of it wherever the program is, with a traceback in the words."""
     try:
         yield
+    except UserError as error:
+        if "in DataLoader worker" not in str(error):
+            raise
+        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

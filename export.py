@@ -10,6 +10,7 @@ if __name__ == "__main__":
         flags.parse_export()  # before torch is imported
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def export(job: ExportJob) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already; name a new folder, or empty it")
     saved = resume.read_whole(path)
+    job = replace(job, weights=saved.alone or job.weights)
     if "model" not in saved.job:
         raise UserError(f"--resume {path} does not say which model it is; wanted a checkpoint of this code")
     text, llm = dict(saved.text), job.llm or saved.text.get("llm", "")
@@ -94,7 +96,7 @@ def bring_along(llm: str, text: dict[str, Any], folder: Path) -> dict[str, str]:
         from huggingface_hub import snapshot_download
 
         with hub.in_one_line("--llm_model_name", llm):
-            whole = snapshot_download(llm, revision=text["revision"], allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py"])
+            whole = snapshot_download(llm, revision=text["revision"] or None, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py"])
             shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(".*"))
     return {"llm": TEXT_ENCODER, "revision": hub.revision_of(str(folder))}
 

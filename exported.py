@@ -6,7 +6,7 @@ Such a folder draws like a checkpoint; training begins from it by --init_from.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,8 +31,18 @@ def write(folder: Path, weights: Mapping[str, Tensor], text: Mapping[str, Any], 
     (folder / EXPORTED).write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def read(folder: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], int]:
-    """Weights under `net.`, in float32; the configs, plain; how its text features are made; the step.  Raises: UserError where it is no such folder."""
+class Exported(NamedTuple):
+    """What such a folder holds."""
+
+    weights: dict[str, Tensor]  # under `net.`, in float32
+    job: dict[str, Any]  # the configs, plain
+    text: dict[str, Any]  # how its text features are made
+    step: int
+    which: str  # of a checkpoint's weights they are
+
+
+def read(folder: Path, flag: str) -> Exported:
+    """Raises: UserError where it is no such folder."""
     try:
         config = json.loads((folder / EXPORTED).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
@@ -47,4 +57,4 @@ def read(folder: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, Any], di
     if text and (folder / TEXT_ENCODER).is_dir():
         text["llm"] = str(folder / TEXT_ENCODER)
         job["text"] = job["text"] | {"encoder": job["text"]["encoder"] | {"llm": text["llm"]}}
-    return weights, job, text, config.get("step") or 0
+    return Exported(weights, job, text, config.get("step") or 0, config.get("weights", "1"))

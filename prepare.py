@@ -189,7 +189,7 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     progress = resume.restore(saved, state, shares.world.steps_per_epoch) if saved else Progress(epoch=job.train.start_epoch or 0)
     online = None
     if evaluation:
-        evaluator = studio.evaluator(job, measures, subjects, None) if measures else None
+        evaluator = studio.evaluator(job, measures, subjects, None) if measures or job.evaluation.save_images else None
         online = OnlineEvaluation(evaluator, studio.painter, prompts, conditions.prompts, job.drawing.weights, evaluation.num_images, output_dir)
     return Prepared(shares, state, studio, online, progress)
 

@@ -21,12 +21,13 @@ if __name__ == "__main__":
         flags.parse_prepare()  # before torch is imported
 
 from config import PrepareJob
-from datasets.pieces import Piece, make, making_of, pieces_of
+from datasets.pieces import Piece, broken_in, check_made, make, making_of, pieces_of
 from datasets.prepared import build_index
 from datasets.shards import features_beside, shard_name
 from datasets.source import workers
 from text_beside import Encoding, checked, statistics
 from util import distributed as dist
+from util.broken import Broken
 from util.errors import need_package
 from util.files import Lock, writable_folder
 from util.logging import progress, say
@@ -104,6 +105,7 @@ def prepare(job: PrepareJob) -> None:
     """Raises: UserError where it cannot be done."""
     out = writable_folder(job.shards.out, "--out")
     pieces = pieces_of(job)
+    check_made(pieces, job)
     if job.text:
         checked(job.text, Path(job.shards.out), dist.device_of(job.device))
     missing = [piece for piece in pieces if not is_done(out, piece, job)]
@@ -129,8 +131,12 @@ def finish(out: Path, pieces: Sequence[Piece], job: PrepareJob) -> None:
         say("another process writes the index")
         return
     shards = [out / shard_name(piece.number) for piece in pieces]
+    lines, total = broken_in(shards)
+    broken = Broken(out, total, job.data.broken)
+    broken.note(lines)
+    broken.write()
     facts = build_index(out, shards, making_of(job), job.shards.duplicates == "drop", statistics if job.text else None)
-    lock.file.close()
+    lock.free()
     say(
         f"{out}: {facts['pictures']:,} pictures and {facts['captions']:,} captions; {facts['left_out']:,} were left out, {facts['duplicates']:,} are the same file as another"
     )

@@ -47,7 +47,8 @@ def read(folder: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, Any], di
         "averages": {"warmup": False},
         "drawing": {"sampler": sampler},
     }
-    return used(weights, said["depth_double"], folder), job, {**encoder, "text_norm": "none", "width": said["txt_input_size"]}
+    text = {**encoder, "revision": "", "text_norm": "none", "width": said["txt_input_size"]}  # which revision is not said
+    return used(weights, said["depth_double"], folder), job, text
 
 
 def size_of(said: Mapping[str, Any], folder: Path, flag: str) -> str:

@@ -124,6 +124,7 @@ class Saved:
     text: dict[str, Any]  # how its text features were made; nothing for a class model
     anew: bool = False  # --start_epoch counts: the steps are not the checkpoint's any more
     base: str = ""  # as TrainState has it
+    alone: str = ""  # which weights an exported folder holds: an average, or "raw"
 
     @property
     def best(self) -> dict[str, Tensor]:
@@ -159,8 +160,8 @@ def read(path: Path, start_epoch: int | None = None, flag: str = "--resume") -> 
         weights, job, text = released.read(path, flag)
         return Saved(path, weights, [weights, weights], {}, Progress(epoch=0), None, job, text)
     if checkpoint.is_exported(path):
-        weights, job, text, step = exported.read(path, flag)
-        return Saved(path, weights, [weights, weights], {}, Progress(epoch=0, step=step), None, job, text)
+        found = exported.read(path, flag)
+        return Saved(path, found.weights, [found.weights] * 2, {}, Progress(epoch=0, step=found.step), None, found.job, found.text, alone=found.which)
     state = checkpoint.load(path, flag)
     try:
         progress, world = progress_of(state), from_plain(World, state["world"]) if "world" in state else None
@@ -409,6 +410,10 @@ def completed(job: J, saved: Saved) -> J:
     configs = filled(job, saved, INHERITED + (() if "data_path" in given else OF_DATA))
     if "output_dir" not in given and (job.drawing.lora or not saved.path.is_dir()):  # nothing is written into a model's folder
         configs["run"] = replace(configs["run"], output_dir=job.drawing.lora or str(saved.path.parent))
+    if saved.alone:
+        if others := [which for which in given.get("eval_ema", ()) if which != saved.alone]:
+            raise UserError(f"--eval_ema {others[0]}: {saved.path} holds {saved.alone} alone")
+        configs["drawing"] = replace(configs["drawing"], weights=saved.alone)
     job = replace(job, **configs)
     return replace(job, sweep=completed_sweep(job)) if isinstance(job, SweepJob) else job
 

@@ -205,6 +205,7 @@ class LoadedPainter:
     weights: Weights
     text: dict[str, Any]  # how the text features were made; nothing for a class model
     device: torch.device
+    room: Room = field(default_factory=Room)
 
     def add_lora(self, folder: str | Path, scale: float = 1.0) -> None:
         """Add a folder of adapters, as --lora does; several add up.  Raises: UserError where they do not fit, and nothing is changed."""
@@ -227,22 +228,24 @@ class LoadedPainter:
         Args: prompts: captions, or labels of a class model; sampler: None draws as the checkpoint says.
         """
         y, null = self.condition(prompts)
-        painter = replace(make_painter(self.job, self.weights.net, null, self.device), seed=seed, sampler=sampler or self.job.drawing.sampler)
+        painter = make_painter(self.job, self.weights.net, null, self.device)
+        painter = replace(painter, seed=seed, sampler=sampler or self.job.drawing.sampler, batch_size=None, room=self.room)
         with self.weights.drawing(self.job.drawing.weights):
             drawn = painter.paint_in_batches(range(first, first + len(y)), lambda numbers: y[[number - first for number in numbers]])
             parts = [pictures for _, pictures in drawn]
         return torch.cat(parts) if parts else torch.empty(0, 3, painter.img_size, painter.img_size, dtype=torch.uint8)
 
 
-def load_painter(path: str | Path, weights: str = "1", device: str = "auto", llm: str | None = None, trust_remote_code: bool = False) -> LoadedPainter:
+def load_painter(path: str | Path, weights: str | None = None, device: str = "auto", llm: str | None = None, trust_remote_code: bool = False) -> LoadedPainter:
     """A painter with all its settings out of a checkpoint: a file, or a folder with checkpoint-last.pth.
 
-    Args: weights: the average "1" or "2", or "raw"; device: "auto", "cuda" or "cpu"; llm: where the language model's folder is now;
+    Args: weights: the average "1" or "2", or "raw"; None: as the checkpoint says, average 1 if nothing else was asked of it; device: "auto", "cuda" or "cpu"; llm: where the language model's folder is now;
     trust_remote_code: run the code that it brings along.  Raises: UserError where the checkpoint cannot be had.
     """
-    given = {"resume": str(path), "eval_ema": (weights,), "device": device, "trust_remote_code": trust_remote_code} | ({"llm_model_name": llm} if llm else {})
+    given = {"resume": str(path), "device": device, "trust_remote_code": trust_remote_code}
+    given |= ({"eval_ema": (weights,)} if weights else {}) | ({"llm_model_name": llm} if llm else {})
     text = TextSource(TextConfig(llm or TextConfig.llm, trust_remote_code=trust_remote_code))
-    run, drawing = Run(resume=str(path), device=device), Drawing(weights=weights)
+    run, drawing = Run(resume=str(path), device=device), Drawing(weights=weights or "1")
     job, saved = resume.open_for_drawing(GenerateJob(Model(), DiffusionConfig(), Data(), text, Averages(), drawing, run, given, prompts=(), prompts_file=None))
     place, made = dist.init(device), {name: value.clone() if isinstance(value, Tensor) else value for name, value in saved.text.items()}
     return LoadedPainter(job, restored(job, saved, made.get("width"), place), made, place)

@@ -25,8 +25,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two descriptions are of features of the same language model, made in the same way, pooled or not."""
-    return all(one.get(name) == other.get(name) for name in ("revision", "architecture", "layer", "tokenizer", "text_norm"))
+    """Whether two descriptions are of features of the same language model, made in the same way, pooled or not, as far as both say it.
+
+    Where revisions cannot be compared (a release says none; a commit of the hub and the hash of a folder), the name decides, or the kind and the tokenizer.
+    """
+    both = [name for name in ("architecture", "layer", "tokenizer", "text_norm", "width") if name in one and name in other]
+    revisions = one.get("revision"), other.get("revision")
+    if all(revisions) and hub.is_local(revisions[0]) == hub.is_local(revisions[1]):
+        same = revisions[0] == revisions[1]
+    else:
+        same = one.get("llm") == other.get("llm") or {"architecture", "tokenizer"} <= set(both)
+    return same and all(one[name] == other[name] for name in both)
 
 
 def usual_dtype(device: torch.device) -> str:

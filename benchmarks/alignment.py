@@ -334,7 +334,7 @@ def run_one(one: Experiment, root: Path, device: str) -> None:
         facts = {**asdict(one), "seconds": round(seconds), "commit": commit, "device": device, "rates": found}
         result.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(rows(one, found, seconds), flush=True)
-    held.file.close()
+    held.free()
 
 
 def run_all(experiments: Sequence[Experiment], root: Path, device: str, until: float) -> None:

@@ -1,5 +1,8 @@
 """What prepare_data.py cuts a source into, and the shard that is made of each piece; in a module of its own, so that a Ray cluster's workers find it."""
 
+import hashlib
+import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +10,8 @@ from typing import NamedTuple
 from config import Data, PrepareJob
 from datasets.captioned import Rows
 from datasets.parquet import find_pictures
-from datasets.shards import Making, prepare_shard
+from datasets.prepared import left_out
+from datasets.shards import Made, Making, prepare_shard, read_facts, shard_name
 from datasets.source import FORMATS, check_bad, check_missing, format_of, packed_in
 from datasets.tar import find_in_shard
 from util.errors import UserError
@@ -47,6 +51,39 @@ def making_of(job: PrepareJob) -> Making:
     return Making(job.img_size, job.shards.image_format, job.shards.min_size)
 
 
+def said_of(piece: Piece, job: PrepareJob) -> str:
+    """What a piece is: a file by name and size, rows by their names and captions."""
+    if piece.file:
+        column = f", captions of {job.data.caption_column}" if job.data.caption_column else ""
+        return f"{piece.file.name}, {piece.file.stat().st_size:,} bytes{column}"
+    rows, digest = listed(job.data), hashlib.blake2b(digest_size=8)
+    for i in piece.rows:
+        digest.update("\n".join([os.path.relpath(rows.paths[i], job.data.path), *rows.captions[i], ""]).encode("utf-8", "surrogateescape"))
+    return f"{len(piece.rows):,} rows from {piece.rows.start:,} on, {digest.hexdigest()}"
+
+
+def check_made(pieces: Sequence[Piece], job: PrepareJob) -> None:
+    """Raises: UserError where a shard that is there was made of something else, or in another way."""
+    for piece in pieces:
+        if not (shard := Path(job.shards.out) / shard_name(piece.number)).exists():
+            continue
+        facts, _ = read_facts(shard, only=())
+        if facts["making"] != making_of(job)._asdict():
+            raise UserError(f"{shard} was made with {facts['making']}, and this is {making_of(job)._asdict()}; name another --out")
+        if facts.get("of", of := said_of(piece, job)) != of:
+            raise UserError(f"{shard} was made of other data ({facts['of']}; --data_path {job.data.path} has {of} there now); name another --out")
+
+
+def broken_in(shards: Sequence[Path]) -> tuple[list[str], int]:
+    """Lines of what could not be used in all shards, and of how many samples."""
+    lines, total = [], 0
+    for shard in shards:
+        facts, arrays = read_facts(shard, ["counts"])
+        lines += facts.get("broken", [])
+        total += len(arrays["counts"]) + left_out(facts)
+    return lines, total
+
+
 def make(piece: Piece, job: PrepareJob) -> int:
     """The shard of a piece.  Returns: its number.  Raises: UserError, OSError."""
     if piece.file is None:
@@ -59,5 +96,5 @@ def make(piece: Piece, job: PrepareJob) -> int:
             else find_pictures([piece.file], data.image_column, data.caption_column)
         )
         which = range(len(rows.paths))
-    prepare_shard(Path(job.shards.out), piece.number, rows, which, making_of(job))
+    prepare_shard(Path(job.shards.out), piece.number, rows, which, Made(making_of(job), said_of(piece, job), job.data.broken))
     return piece.number

@@ -52,8 +52,6 @@ def build_index(
     ):
         for number, shard in enumerate(shards):
             facts, arrays = read_facts(shard)
-            if facts["making"] != making._asdict():
-                raise UserError(f"{shard} was made with {facts['making']}, and this is {making._asdict()}; name another --out")
             kept = seen.first_ones(number, len(arrays["hashes"]))
             counts["duplicates"] += int((~kept).sum())
             if not drop_duplicates:
@@ -69,7 +67,7 @@ def build_index(
             made.append(len(keep)), indexed.append(int(keep.sum()))
             counts["pictures"] += int(kept.sum())
             counts["captions"] += indexed[-1]
-            counts["left_out"] += len(facts["left_out"])
+            counts["left_out"] += left_out(facts)
             names.append(shard.name)
             fingerprint.update(facts["sha256"].encode() + kept.tobytes())
     cumulated(part, "counts", "first", counts["pictures"])
@@ -84,11 +82,16 @@ def build_index(
     return found
 
 
+def left_out(facts: dict[str, Any]) -> int:
+    """Samples of a shard's source that are not in it."""
+    return len(facts["left_out"]) if "left_out" in facts else len(facts["broken"]) + facts["too_small"]  # the first: shards of before 27 November 2026
+
+
 class Duplicates:
     """Which pictures are the file of one before."""
 
     def __init__(self, out: Path, shards: Sequence[Path]):
-        hashes = [read_facts(shard, "hashes")[1]["hashes"] for shard in shards]
+        hashes = [read_facts(shard, ["hashes"])[1]["hashes"] for shard in shards]
         self.starts = np.cumsum([0, *map(len, hashes)])
         self.first = np.zeros(self.starts[-1], dtype=bool)
         self.first[np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]), return_index=True)[1]] = True

@@ -49,11 +49,11 @@ def facts_beside(shard: Path) -> Path:
     return shard.with_suffix(".safetensors")
 
 
-def prepare_shard(out: Path, number: int, rows: Rows, which: range, making: Making) -> Path:
-    """The shard of those rows; it is done where its name is there.  Raises: OSError."""
+def prepare_shard(out: Path, number: int, rows: Rows, which: range, made: "Made") -> Path:
+    """The shard of those rows; it is done where its name is there.  Raises: OSError; UserError for what is broken, if that is asked for."""
     shard = out / shard_name(number)
     if not shard.exists():
-        made = Made(making)
+        made.lack(rows.bad)
         write_whole(shard.with_suffix(".tar.part"), partial(made.write, rows=rows, which=which), shared=True)
         write_whole(facts_beside(shard), lambda file: file.write(made.facts()), shared=True)
         with suppress(FileNotFoundError):  # another process made it too, and was quicker
@@ -62,15 +62,22 @@ def prepare_shard(out: Path, number: int, rows: Rows, which: range, making: Maki
 
 
 class Made:
-    """A shard as it is written, and what is known of its samples then."""
+    """A shard as it is written, and what is known of its samples then.  of: what it is made of; policy: --bad_images, "error" or "skip"."""
 
-    def __init__(self, making: Making):
-        self.making, self.hash = making, hashlib.sha256()
+    def __init__(self, making: Making, of: str, policy: str):
+        self.making, self.of, self.policy, self.hash = making, of, policy, hashlib.sha256()
         self.places: list[tuple[int, int]] = []  # offset, size
         self.sizes: list[tuple[int, int]] = []  # of the pictures as they were
         self.hashes: list[int] = []  # of their files
         self.captions: list[tuple[str, ...]] = []
-        self.left_out: list[str] = []
+        self.broken: list[str] = []
+        self.too_small = 0
+
+    def lack(self, lines: Sequence[str]) -> None:
+        """What cannot be used.  Raises: UserError under --bad_images error."""
+        if lines and self.policy == "error":
+            raise UserError(f"broken picture {lines[0]}; go on without such by --bad_images skip")
+        self.broken += lines
 
     def write(self, file: BinaryIO, rows: Rows, which: range) -> None:
         suffix, _ = ENCODERS[self.making.image_format]
@@ -80,7 +87,10 @@ class Made:
                     raw = rows.read(i).read() if rows.read else Path(rows.paths[i]).read_bytes()
                     picture, size = self.square(raw)
                 except Exception as error:  # decoders raise nearly anything
-                    self.left_out.append(f"{rows.paths[i]}: {one_line(error)}")
+                    self.lack([f"{rows.paths[i]}: {one_line(error)}"])
+                    continue
+                if picture is None:
+                    self.too_small += 1
                     continue
                 self.places.append((self.add(tar, f"{number:08d}.{suffix}", picture), len(picture)))
                 self.add(tar, f"{number:08d}.txt", "\n".join(rows.captions[i]).encode())
@@ -88,11 +98,11 @@ class Made:
                 self.hashes.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little"))
                 self.captions.append(tuple(rows.captions[i]))
 
-    def square(self, raw: bytes) -> tuple[bytes, tuple[int, int]]:
-        """The picture as it is trained on, and the size that it had.  Raises: ValueError where that was too small."""
+    def square(self, raw: bytes) -> tuple[bytes | None, tuple[int, int]]:
+        """The picture as it is trained on, None where it is smaller than --min_size, and the size that it had.  Raises: nearly anything, where it is broken."""
         image = open_rgb(io.BytesIO(raw))
         if min(image.size) < self.making.min_size:
-            raise ValueError(f"{image.width} x {image.height}, smaller than --min_size {self.making.min_size}")
+            return None, image.size
         _, how = ENCODERS[self.making.image_format]
         made = io.BytesIO()
         center_crop(image, self.making.img_size).save(made, **how)
@@ -116,18 +126,19 @@ class Made:
             "lengths": np.array([len(line) for line in lines], dtype=np.uint32),
             "captions": np.frombuffer(b"".join(lines), dtype=np.uint8),
         }
-        facts = {"version": VERSION, "making": self.making._asdict(), "left_out": self.left_out, "sha256": self.hash.hexdigest()}
+        facts = {"version": VERSION, "making": self.making._asdict(), "of": self.of, "sha256": self.hash.hexdigest()}
+        facts |= {"broken": self.broken, "too_small": self.too_small}
         return save(arrays, {"facts": json.dumps(facts)})
 
 
 # --- read
 
 
-def read_facts(shard: Path, only: str | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """only: the one array that is wanted.  Raises: UserError where they are damaged."""
+def read_facts(shard: Path, only: Sequence[str] | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """only: the arrays that are wanted.  Raises: UserError where they are damaged."""
     try:
         with safe_open(facts_beside(shard), "np") as file:
-            return json.loads(file.metadata()["facts"]), {name: file.get_tensor(name) for name in ([only] if only else file.keys())}
+            return json.loads(file.metadata()["facts"]), {name: file.get_tensor(name) for name in (file.keys() if only is None else only)}
     except Exception as error:  # cut short, no safetensors: safetensors' own exception
         raise UserError(f"{facts_beside(shard)} cannot be read ({one_line(error)}); remove it and {shard.name}, and prepare them again") from error
 

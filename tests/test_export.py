@@ -128,6 +128,13 @@ def test_what_is_exported_is_one_set_of_weights_and_all_settings(trained, tmp_pa
     assert os.path.getsize(tmp_path / "half" / "model.safetensors") < 0.52 * os.path.getsize(tmp_path / "1" / "model.safetensors")
     one, other = (load_painter(tmp_path / name, device="cpu")(PROMPTS).float() for name in ("1", "half"))
     assert 0 < (one - other).abs().mean() < 3
+    raw = load_painter(tmp_path / "raw", device="cpu")
+    assert raw.job.drawing.weights == "raw" and load_painter(tmp_path / "1", device="cpu").job.drawing.weights == "1"
+    assert torch.equal(raw(PROMPTS), load_painter(trained, "raw", device="cpu")(PROMPTS))
+    with pytest.raises(UserError, match="--eval_ema 2: .*raw holds raw alone"):
+        load_painter(tmp_path / "raw", "2", device="cpu")
+    again = export("--resume", tmp_path / "raw", "--out", tmp_path / "again", "--with_text_encoder")
+    assert json.loads((again / "config.json").read_text(encoding="utf-8"))["weights"] == "raw"
 
 
 def test_training_begins_with_it_and_does_not_go_on_with_it(trained, text_data, llm_folder, tmp_path):

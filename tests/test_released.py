@@ -10,9 +10,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_training import flags, run
 
+import export
 import models_mmjit
 from config import Model
 from denoiser import SOLVERS, velocity
+from flags import parse_export
+from page.layout import headline
 from sampling import load_painter
 from text_encoder import LanguageModel
 from util.errors import UserError
@@ -93,6 +96,10 @@ def test_a_release_draws_what_its_recipe_says(release, t5_folder, capsys):
     wanted = ((wanted.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
     assert np.abs(drawn - wanted).max() <= 1 and drawn.std() > 20
     painter = load_painter(release, device="cpu")
+    assert t5_folder.name in headline(painter, release)  # of the page
+    exported = export.export(parse_export(["--resume", str(release), "--out", str(release / "exported"), "--with_text_encoder"]))
+    assert f"read by {t5_folder.name}" in (exported / "README.md").read_text()
+    assert torch.equal(load_painter(exported, device="cpu")(CAPTIONS), painter(CAPTIONS))
     assert np.abs(painter(CAPTIONS).permute(0, 2, 3, 1).numpy().astype(int) - drawn).max() <= 1
 
 
@@ -110,6 +117,14 @@ def test_a_release_is_no_run_to_go_on_with_but_begins_one(release, text_data, ll
         run(*common, "--resume", str(release))
     run(*common, "--init_from", str(release))
     assert "made: txt_embedder.weight, mask_token" in capsys.readouterr().out
+
+
+def test_a_run_with_the_releases_own_language_model_keeps_what_was_learned_of_its_states(release, t5_folder, text_data, tmp_path, capsys):
+    own = ["--model", "MMJiT-Nano/8", "--batch_size", 4, "--epochs", 1, "--llm_layer", "last", "--text_norm", "none", "--max_text_len", 12]
+    run(*flags(text_data, t5_folder, tmp_path / "out", *own), "--init_from", str(release))
+    assert "made" not in capsys.readouterr().out
+    copied = (tmp_path / "out" / "init_from.txt").read_text().splitlines()
+    assert {"copied   txt_embedder.weight", "copied   mask_token"} <= set(copied)
 
 
 def test_a_folder_that_is_no_release_is_one_line(release):

@@ -103,6 +103,23 @@ def test_the_readmes_notebook_runs(name, trained, tmp_path, monkeypatch):
     assert found["pictures"].shape == (2, 3, 16, 16) and found["more"].shape == (1, 3, 16, 16) and (tmp_path / "shiba.png").is_file()
 
 
+def test_a_notebooks_painter_draws_as_many_as_memory_holds(trained, monkeypatch):
+    painter, prompts = load_painter(trained, device="cpu"), ["赤い1", "青い2", "緑の3"]
+    whole, net = painter(prompts), painter.weights.net
+    forward = net.forward
+
+    def small(z, *more):
+        if len(z) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(z, *more)
+
+    monkeypatch.setattr(net, "forward", small)
+    few = painter(prompts)
+    assert (few.int() - whole.int()).abs().max() <= 1 and painter.room.pictures == 1
+    painter(prompts)
+    assert painter.room.pictures == 1  # it is remembered
+
+
 def test_auto_batches_shrink_to_what_memory_holds_and_draw_the_same(capsys):
     """A network that a card has room to run for eight pictures at a time, guidance's second branch included."""
     seen = []

@@ -23,6 +23,7 @@ from datasets.source import hold_out
 from datasets.stream import BlockShuffle, StreamSampler, View
 from flags import parse_prepare
 from text_encoder import LanguageModel
+from util import broken
 from util.errors import UserError
 from util.feature_store import FeatureStore
 
@@ -73,7 +74,8 @@ def test_prepared_data_are_tar_shards_for_others_too(large_data, tmp_path):
     assert all(torch.equal(others.picture(i), ours.picture(i)) for i in range(11))
 
 
-def test_what_is_broken_too_small_or_there_twice_is_left_out(large_data, tmp_path):
+def test_what_is_broken_too_small_or_there_twice_is_left_out(large_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(broken, "MOST", 0.1)
     (large_data / "images" / "3.png").write_bytes(b"no picture")
     out = prepare(large_data, tmp_path / "kept", "--shard_pictures", 4, "--min_size", 25)
     facts = json.loads((out / INDEX / FACTS).read_text())
@@ -84,6 +86,49 @@ def test_what_is_broken_too_small_or_there_twice_is_left_out(large_data, tmp_pat
     plain, made = open_text(large_data), PreparedPictures(out, View(16))
     kept = [i for i in range(11) if Path(plain.paths[i]).name not in ("3.png", "5.png")]
     assert [*made.captions] == [plain.captions[plain.first[i]] for i in kept]
+
+
+def test_what_is_broken_is_listed_and_may_not_be_much(large_data, tmp_path):
+    (large_data / "images" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"1 of 11 pictures cannot be read, over 1 %; .*bad_images.txt lists them, the first is .*3.png"):
+        prepare(large_data, tmp_path / "skip", "--shard_pictures", 4)
+    assert "3.png: cannot identify" in (tmp_path / "skip" / "bad_images.txt").read_text() and not (tmp_path / "skip" / INDEX).exists()
+    with pytest.raises(UserError, match=r"broken picture .*3.png: cannot identify.*; go on without such by --bad_images skip"):
+        prepare(large_data, tmp_path / "error", "--bad_images", "error")
+    assert sorted(path.name for path in (tmp_path / "error").iterdir()) == []
+
+
+def test_samples_of_a_tar_that_cannot_be_used_count_as_broken(large_data, tmp_path, monkeypatch):
+    png = prepare(large_data, tmp_path / "png", "--image_format", "png")
+    (tmp_path / "tars").mkdir()
+    whole = (png / shard_name(0)).read_bytes()
+    (tmp_path / "tars" / "a.tar").write_bytes(whole[: len(whole) // 2])  # the last sample is cut
+    with pytest.raises(UserError, match="pictures cannot be read, over 1 %"):
+        prepare(tmp_path / "tars", tmp_path / "out")
+    with pytest.raises(UserError, match="broken picture .*a.tar"):
+        prepare(tmp_path / "tars", tmp_path / "error", "--bad_images", "error")
+    monkeypatch.setattr(broken, "MOST", 0.5)
+    facts = json.loads((prepare(tmp_path / "tars", tmp_path / "out") / INDEX / FACTS).read_text())
+    assert facts["left_out"] == 1 and facts["pictures"] > 2
+
+
+def test_shards_that_were_made_of_other_data_are_refused(large_data, tmp_path):
+    out = prepare(large_data, tmp_path / "out", "--shard_pictures", 4)
+    other = shutil.copytree(large_data, tmp_path / "other")
+    assert hashes(prepare(other, out, "--shard_pictures", 4)) == hashes(out)  # the same data elsewhere
+    with pytest.raises(UserError, match=r"shard-000000.tar was made of other data \(4 rows from 0 on, \w+; --data_path .*; name another --out"):
+        prepare(large_data, out, "--shard_pictures", 5)
+    shutil.copy(other / "images" / "1.png", other / "images" / "00.png")
+    (other / "captions" / "00.txt").write_text("赤い1", encoding="utf-8")
+    with pytest.raises(UserError, match="was made of other data"):
+        prepare(other, out, "--shard_pictures", 4)
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    shutil.copy(out / shard_name(1), tars / "b.tar")
+    made = prepare(tars, tmp_path / "of_tars")
+    shutil.copy(out / shard_name(0), tars / "a.tar")  # takes the number that b.tar had
+    with pytest.raises(UserError, match=r"was made of other data \(b.tar, [\d,]+ bytes; .* has a.tar"):
+        prepare(tars, made)
 
 
 def test_whoever_makes_a_shard_makes_the_same_bytes_and_none_is_made_again(large_data, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, child, ended, in_ranks, open_text, write_text_data
 from PIL import Image, PngImagePlugin
 from test_training import assert_same_training, flags, moved, run, weights
+from torch._utils import ExceptionWrapper
 
 import engine_jit
 import main_jit
@@ -489,7 +490,7 @@ def test_two_jobs_in_one_output_dir(text_data, llm_folder, tmp_path, capfd):
         lock = Lock(out, "--output_dir")
         (tmp_path / "held").touch()
         time.sleep(60)
-        lock.file.close()
+        lock.free()
 
     pid = child(hold)
     wait_for(tmp_path / "held")
@@ -686,6 +687,15 @@ def test_a_loader_process_that_dies_is_an_error_with_its_cause(text_data, llm_fo
     assert ended(child(work)) == 1
     printed = capfd.readouterr().out
     assert "a loader process died (DataLoader worker" in printed and "--num_workers" in printed
+
+
+def test_what_a_loader_process_says_is_one_line_too():
+    try:
+        raise UserError("--text_cache_dir: x.safetensors is damaged")
+    except UserError:
+        met = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(UserError, match=r"^--text_cache_dir: x.safetensors is damaged$"), engine_jit.loader_deaths():
+        met.reraise()
 
 
 def test_prompts_reach_no_path_outside_output_dir(text_data, llm_folder, tmp_path):

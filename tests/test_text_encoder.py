@@ -16,7 +16,7 @@ from conftest import CAPTIONS, ROOT, byte_tokenizer, load_encoder
 import text_encoder
 from config import LAYERS, TextConfig
 from demo.tiny_llm import SPECIAL, train_tokenizer
-from text_encoder import LanguageModel, TextEncoder, normalize
+from text_encoder import LanguageModel, TextEncoder, alike, normalize
 from util.errors import UserError
 
 KINDS = ("llama", "gpt2", "bert", "clip")
@@ -263,3 +263,22 @@ def test_a_folder_is_known_by_its_content_and_a_hub_model_by_its_commit(llm_fold
     hub = LanguageModel(TextConfig("llm-jp/tiny", layer="last"))
     assert hub.describe()["revision"] == commit and hub.describe()["llm"] == "llm-jp/tiny"
     assert torch.equal(hub.load(torch.device("cpu")).null, load_encoder(llm_folder(), max_text_len=77).null)
+
+
+@pytest.mark.parametrize(
+    "more, same",
+    [
+        ({}, True),
+        ({"revision": "def"}, False),
+        ({"layer": "last"}, False),
+        ({"revision": "sha256:0", "llm": "/models/llm"}, True),  # a copy of the model: kind, tokenizer and width say so
+        ({"revision": "sha256:0", "llm": "/models/llm", "width": 16}, False),
+        ({"revision": ""}, True),
+        ({"revision": "", "llm": "b/c"}, True),
+    ],
+)
+def test_features_are_compared_by_what_both_sides_say(more, same):
+    one = {"llm": "a/b", "revision": "abc", "architecture": "llama", "layer": "mean", "tokenizer": "t", "text_norm": "rms", "width": 8}
+    assert alike(one, one | more) == same == alike(one | more, one)
+    release = {"llm": "a/b", "revision": "", "layer": "mean", "text_norm": "rms", "width": 8}  # MiniT2I's says no more
+    assert alike(release, one) and not alike(release | {"llm": "b/c"}, one)

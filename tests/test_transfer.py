@@ -83,7 +83,8 @@ def test_from_classes_to_tokens_the_nulls_output_stays():
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "same_text"), [("", "-Text", False), ("", "-Tokens", False), ("-Text", "-Tokens", True), ("-Text", "-Text", False), ("-Tokens", "-Tokens", False)]
+    ("old", "new", "same_text"),
+    [("", "-Text", False), ("", "-Tokens", False), ("-Text", "-Tokens", True), ("-Text", "-Text", False), ("-Tokens", "-Tokens", False)],
 )
 def test_a_network_on_a_gpu_takes_weights_that_lie_in_memory(old, new, same_text):
     """Told by tensors without values: torch refuses an operation on two devices all the same."""

@@ -221,7 +221,11 @@ def open_shard(path: Path, settings: str) -> dict[str, np.ndarray]:
     except FileNotFoundError as error:
         raise UserError(f"--text_cache_dir {path.parent}: {path.name} is not seen by this process; do all nodes see the same folder?") from error
     except Exception as error:  # cut short, overwritten, not a shard: each its own exception
-        raise UserError(f"--text_cache_dir: {path} is damaged ({error}); delete it, and its captions are encoded anew") from error
+        raise UserError(
+            f"--text_cache_dir: {path} is damaged ({error}); delete it, and its captions are encoded anew (beside prepared pictures by prepare_data.py)"
+        ) from error
     if made_with != settings:
-        raise UserError(f"--text_cache_dir: {path} was made with other settings than {MANIFEST} says; delete it, and its captions are encoded anew")
+        raise UserError(
+            f"--text_cache_dir: {path} was made with other settings than {MANIFEST} says; delete it, and its captions are encoded anew (beside prepared pictures by prepare_data.py)"
+        )
     return shard

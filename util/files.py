@@ -16,7 +16,7 @@ from util.logging import say
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], shared: bool = False) -> None:
     """`write` beside, sync, rename: `path` holds the old file or the new one, never half of one.
 
-    `shared`: several jobs may write it, so their half-written files are told apart.  Raises: OSError, with nothing left behind.
+    `shared`: several jobs may write it, so their half-written files are told apart.  Raises: OSError and what `write` raises, with nothing left behind.
     """
     mark = f".{os.uname().nodename}.{os.getpid()}" if shared else ""
     temporary = path.with_name(f".{path.name}{mark}.tmp")
@@ -26,7 +26,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], shared: bool = Fa
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
@@ -72,13 +72,14 @@ def read_lines(path: str | Path, flag: str) -> list[str]:
 
 
 class Lock:
-    """Keeps a folder for this process until it ends, however it ends.
+    """Keeps a folder for this process until it ends, however it ends, or frees it.
 
     A POSIX record lock: the system lets go of it when the process dies, and forked children do not hold it, so a lock is never stale.
     Raises: UserError where another process holds it.
     """
 
     def __init__(self, folder: Path, flag: str):
+        self.file: IO[str] | None = None
         try:
             self.file = open(folder / ".lock", "a+")  # noqa: SIM115 (held until the process ends)
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,6 +93,10 @@ class Lock:
             self.file.truncate(0)
             self.file.write(f"{os.uname().nodename}, process {os.getpid()}\n")
             self.file.flush()
+
+    def free(self) -> None:
+        if self.file:
+            self.file.close()
 
 
 def sha256_of(path: str | Path) -> str:

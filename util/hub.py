@@ -50,7 +50,7 @@ def digest_of_weights(folder: Path) -> str:
 
 def reader_of(text: Mapping[str, Any]) -> str:
     """What to call the language model of text features: its name on the hub, or of a folder its last part."""
-    return Path(text["llm"]).name if is_local(text["revision"]) else text["llm"]
+    return Path(text["llm"]).name if is_local(text["revision"]) or os.path.isdir(text["llm"]) else text["llm"]
 
 
 def is_local(revision: str) -> bool:
