@@ -391,11 +391,18 @@ class Train(Config):
         "オプティマイザの 1 ステップで勾配を合計する分割数",
         bounds=AT_LEAST_1,
     )
+    optimizer: str = flag(
+        "adamw",
+        "optimizer",
+        "`muon`: Muon for the matrices of the blocks, AdamW for the rest, at AdamW's learning rates (docs/running.md)",
+        "`muon` はブロックの行列に Muon、残りに AdamW を使います。学習率は AdamW と同じ値でかまいません（docs/ja/running.md）",
+        choices=("adamw", "muon"),
+    )
     lr: float | None = flag(None, "lr", "absolute learning rate", "学習率の絶対値", bounds=POSITIVE, shown="blr x effective batch / 256")
     blr: float = flag(5e-5, "blr", "base learning rate, per 256 pictures", "256 枚あたりの基準学習率", bounds=POSITIVE)
     min_lr: float = flag(0.0, "min_lr", "where --lr_schedule cosine ends", "--lr_schedule cosine の終わりの学習率", bounds=NOT_NEGATIVE)
     lr_schedule: str = flag("constant", "lr_schedule", "after the warm-up", "ウォームアップ後の学習率", choices=("constant", "cosine"))
-    weight_decay: float = flag(0.0, "weight_decay", "AdamW's, not on biases and norms", "AdamW の重み減衰（バイアスと正規化層を除く）", bounds=NOT_NEGATIVE)
+    weight_decay: float = flag(0.0, "weight_decay", "not on biases and norms", "重み減衰（バイアスと正規化層を除く）", bounds=NOT_NEGATIVE)
     grad_clip: float | None = flag(None, "grad_clip", "largest gradient norm", "勾配ノルムの上限", bounds=POSITIVE, shown="no clipping")
     label_drop_prob: float = flag(
         0.1,
@@ -442,6 +449,10 @@ class Train(Config):
         require(
             self.lora_rank is None or self.parallel == "ddp",
             f"--lora_rank trains a few weights alone, and there is nothing to share out; leave out --parallel {self.parallel}",
+        )
+        require(
+            self.optimizer == "adamw" or (self.parallel == "ddp" and self.lora_rank is None),
+            f"--optimizer {self.optimizer} takes whole matrices of the blocks; leave out {'--lora_rank' if self.lora_rank else f'--parallel {self.parallel}'}",
         )
         require(self.lora_rank is None or self.init_from is not None, "--lora_rank trains adapters for another model: name that by --init_from")
         start = self.start_epoch or 0

@@ -19,6 +19,7 @@ from util import distributed as dist
 from util.broken import Broken
 from util.errors import UserError, one_line
 from util.lr_sched import lr_at
+from util.muon import Muon
 from util.parallel import Parallel, to_device
 from util.randomness import normal, seed_step
 from util.report import Report
@@ -66,10 +67,13 @@ class Training:
     device: torch.device
 
 
-def make_optimizer(net: nn.Module, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW as in the paper's table 9, no decay on biases, norms and one-dimensional tensors."""
-    groups = param_groups_weight_decay(net, weight_decay)
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+def make_optimizer(net: nn.Module, weight_decay: float, device: torch.device, kind: str = "adamw") -> torch.optim.Optimizer:
+    """AdamW as in the paper's table 9, no decay on biases, norms and one-dimensional tensors; `muon`: Muon for the matrices of the blocks."""
+    matrices = [param for block in net.repeated for param in block.parameters() if param.ndim == 2] if kind == "muon" else []
+    own = {id(param) for param in matrices}
+    groups = [group | {"params": [param for param in group["params"] if id(param) not in own]} for group in param_groups_weight_decay(net, weight_decay)]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+    return Muon(matrices, weight_decay, adamw) if matrices else adamw
 
 
 def batch_loss(net: Net, batch: Batch, training: Training) -> Tensor:

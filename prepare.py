@@ -232,7 +232,7 @@ def fresh_state(job: TrainJob, conditions: Conditioning, origin: Saved | None, d
         copy = deepcopy(net)
         let_go(copy)
         shard(net, job.train.parallel, device)
-    optimizer, emas = engine.make_optimizer(net, job.train.weight_decay, device), averages_of(net, job.averages)
+    optimizer, emas = engine.make_optimizer(net, job.train.weight_decay, device, job.train.optimizer), averages_of(net, job.averages)
     return TrainState(net=net, optimizer=optimizer, emas=emas, copy=copy, base=base)
 
 

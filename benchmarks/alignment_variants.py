@@ -3,7 +3,6 @@
 Sizes: `Nano9` JiT with nine blocks, at the parameters of MMJiT-Nano; `Zero` JiT-Nano whose tokens enter at block 0;
 `W96` either, 96 wide. Pictures are decoded once a process, and on a GPU a network is one CUDA graph. Ways: `-TokensUnturned` has no RoPE on the tokens;
 `-TokensUngated` adaLN on the picture alone; `-TokensRefined` two blocks of the text's own before; `-TokensMasked` hides padding from the attention in place of a mask token; `-TokensPooled` adds the mean of the tokens to adaLN.
-Optimizers: Muon.
 """
 
 from collections.abc import Iterable
@@ -13,11 +12,9 @@ from multiprocessing import get_context
 
 import numpy as np
 import torch
-from timm.optim import Muon, muon
 from torch import Tensor, nn
 
 import config
-import engine_jit
 import main_jit
 import models_jit
 import models_mmjit
@@ -140,26 +137,6 @@ def build(name: str, **kwargs) -> models_jit.JiT:
     for way in ways:
         WAYS[way](net)
     return net
-
-
-def make_muon(net: nn.Module, weight_decay: float, device: torch.device) -> torch.optim.Optimizer:
-    """Muon (timm's) for the matrices inside the blocks, its updates as long as AdamW's are (arXiv:2502.16982); AdamW for the rest.
-
-    On a CPU it orthogonalises in float32: without bf16 instructions timm's bf16 takes 2.2 s for a step of JiT-Nano, float32 0.1 s.
-    """
-    muon.zeropower_via_newtonschulz = partial(newton_schulz, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
-    matrices = {param for block in net.repeated for param in block.parameters() if param.ndim == 2}
-    rest = [param for param in net.parameters() if param not in matrices and param.requires_grad]
-    groups = [{"params": [param for param in net.parameters() if param in matrices]}, {"params": rest, "use_fallback": True}]
-    return Muon(groups, weight_decay=weight_decay, nesterov=True, betas=(0.9, 0.95), adjust_lr_fn="match_rms_adamw")
-
-
-newton_schulz = muon.zeropower_via_newtonschulz
-OPTIMIZERS = {"adamw": engine_jit.make_optimizer, "muon": make_muon}
-
-
-def use_optimizer(name: str) -> None:
-    engine_jit.make_optimizer = OPTIMIZERS[name]
 
 
 class Plain(nn.Module):
