@@ -226,7 +226,7 @@ def make_llm(root: Path, name: str, device: str) -> Path:
 
 def jit(*flags: str) -> None:
     """main_jit.py with alignment_variants' networks in this process, which has imported everything and decoded the pictures already."""
-    import main_jit
+    from benchmarks.alignment_variants import main_jit  # it knows their networks now
 
     print("$ python -m benchmarks.alignment_variants", shlex.join(flags), flush=True)
     main_jit.run(main_jit.flags.parse(flags))
@@ -234,7 +234,6 @@ def jit(*flags: str) -> None:
 
 def train(one: Experiment, root: Path, device: str) -> float:
     """Until its last epoch, from where it stands.  Returns: seconds."""
-
     data, llm, run, options = make_pictures(root, one.data), make_llm(root, one.llm, device), root / "runs" / one.name, DATA[one.data]
     epoch = (options.count - min(64, options.count // 100)) // one.batch * one.batch
     epochs = round(1000 * one.thousands / epoch)

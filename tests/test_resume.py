@@ -34,12 +34,13 @@ def saved_of(trained, text=None, **changed):
 TEXT_RUN = ["--model", "JiT-B/16-Text", "--llm_model_name", "a/b"]
 OTHER = {  # flag -> another value than the default
     "model": "JiT-B/32-Text", "img_size": 512, "noise_scale": 2.0, "P_mean": 0.0, "P_std": 1.0, "t_eps": 0.1, "llm_model_name": "c/d", "max_text_len": 33,
-    "llm_layer": "last", "text_norm": "none", "class_num": 10, "seed": 1, "held_out": 0,
+    "llm_layer": "last", "text_norm": "none", "class_num": 10, "seed": 1, "held_out": 0, "optimizer": "muon",
 }  # fmt: skip
 REFUSED = {  # flag -> (in training, in training whose steps are counted anew, in drawing)
     "model": (True, True, True), "img_size": (True, True, True), "noise_scale": (True, True, True), "P_mean": (False, False, True), "P_std": (False, False, True),
     "t_eps": (False, False, True), "llm_model_name": (True, True, True), "max_text_len": (True, True, True), "llm_layer": (True, True, True),
     "text_norm": (True, True, True), "class_num": (True, True, True), "seed": (True, False, False), "held_out": (True, False, False),
+    "optimizer": (True, True, False),
 }  # fmt: skip
 
 
