@@ -124,6 +124,7 @@ def mixed() -> Iterator[Experiment]:
     yield usual("mixed-tokens6-n3", "tokens6", data="mixed", noise=3.0, thousands=400, judged=400)
     yield usual("mixed-tokens6-begun", "tokens6", data="mixed", noise=3.0, thousands=800, llm="ja-long", begins="long-short", flags=in_memory)
     yield usual("mixed-tokens6-hard", "tokens6", data="mixed-hard", noise=3.0, thousands=800, llm="ja-long", begins="long-short")
+    yield usual("mixed-tokens6-muon", "tokens6", data="mixed", noise=3.0, lr=BEST["muon"], thousands=400, optimizer="muon")
     yield usual("mixed-mmjit", "mmjit", noise=1.5, data="mixed", thousands=1000)
 
 
