@@ -342,8 +342,8 @@ class Data(Config):
     broken: str = flag(
         "skip",
         "bad_images",
-        "broken pictures; skipped ones are listed in output_dir/bad_images.txt, over 1 % is an error",
-        "壊れた画像の扱い。飛ばした画像は output_dir/bad_images.txt に記録され、1 % を超えるとエラーになります",
+        "broken pictures; skipped ones are listed in bad_images.txt in the output folder, and in training over 1 % is an error",
+        "壊れた画像の扱い。飛ばした画像は出力先の bad_images.txt に記録され、学習では 1 % を超えるとエラーになります",
         choices=("error", "skip"),
     )
     hflip: bool | None = flag(
@@ -774,7 +774,9 @@ class ExportJob(Config):
         "", "resume", "checkpoint file, or folder with checkpoint-last.pth", "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ"
     )
     out: str = flag("", "out", "a new folder", "新しいフォルダ")
-    weights: str = flag("1", "eval_ema", "weights that go out", "書き出す重み", choices=("1", "2", "raw"))
+    weights: str | None = flag(
+        None, "eval_ema", "weights that go out", "書き出す重み", choices=("1", "2", "raw"), shown="1, or those that an exported folder holds"
+    )
     lora: str | None = flag(None, "lora", "folder with adapters that are merged into the weights", "重みに足し込むアダプタのフォルダ")
     lora_scale: float = flag(1.0, "lora_scale", "how much of them", "足し込む強さ")
     dtype: str = flag("fp32", "dtype", "of the weights", "重みの型", choices=("fp32", "bf16"))

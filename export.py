@@ -32,7 +32,9 @@ def export(job: ExportJob) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already; name a new folder, or empty it")
     saved = resume.read_whole(path)
-    job = replace(job, weights=saved.alone or job.weights)
+    if saved.alone and job.weights not in (None, saved.alone):
+        raise UserError(f"--eval_ema {job.weights}: {path} holds {saved.alone} alone")
+    job = replace(job, weights=job.weights or saved.alone or "1")
     if "model" not in saved.job:
         raise UserError(f"--resume {path} does not say which model it is; wanted a checkpoint of this code")
     text, llm = dict(saved.text), job.llm or saved.text.get("llm", "")

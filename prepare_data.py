@@ -27,9 +27,9 @@ from datasets.shards import features_beside, shard_name
 from datasets.source import workers
 from text_beside import Encoding, checked, statistics
 from util import distributed as dist
-from util.broken import Broken
+from util.broken import too_many
 from util.errors import need_package
-from util.files import Lock, writable_folder
+from util.files import Lock, writable_folder, write_whole
 from util.logging import progress, say
 from util.stopping import in_worker
 
@@ -89,8 +89,18 @@ def by_ray(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
             takes = {"num_gpus": 1} if gpus else {"num_cpus": 0}
             made = made.map(EncodingActor, fn_constructor_args=(job,), concurrency=(1, max(1, gpus)), **takes)
         yield from (row["number"] for row in made.iter_rows())
+    except Exception as error:
+        raise user_error_in(error) from error
     finally:
         ray.shutdown()
+
+
+def user_error_in(error: BaseException) -> BaseException:
+    """The UserError that Ray has wrapped, or the error as it is."""
+    inner: BaseException | None = error
+    while inner and not isinstance(inner, UserError):
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return UserError(str(inner)) if inner else error
 
 
 ENGINES = {"processes": by_processes, "ray": by_ray}
@@ -131,15 +141,23 @@ def finish(out: Path, pieces: Sequence[Piece], job: PrepareJob) -> None:
         say("another process writes the index")
         return
     shards = [out / shard_name(piece.number) for piece in pieces]
-    lines, total = broken_in(shards)
-    broken = Broken(out, total, job.data.broken)
-    broken.note(lines)
-    broken.write()
+    check_made(pieces, job)  # others may have made some
+    tell_broken(out, *broken_in(shards))
     facts = build_index(out, shards, making_of(job), job.shards.duplicates == "drop", statistics if job.text else None)
     lock.free()
     say(
         f"{out}: {facts['pictures']:,} pictures and {facts['captions']:,} captions; {facts['left_out']:,} were left out, {facts['duplicates']:,} are the same file as another"
     )
+
+
+def tell_broken(out: Path, lines: Sequence[str], total: int) -> None:
+    """List what could not be used of `total` samples."""
+    path = out / "bad_images.txt"
+    path.unlink(missing_ok=True)
+    if lines:
+        write_whole(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")))
+        many = "warning: " if too_many(len(lines), total) else ""
+        say(f"{many}{len(lines):,} of {total:,} samples cannot be used and are left out; {path} lists them, the first is {lines[0]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -210,8 +210,8 @@ def plain_job(state: Mapping[str, Any]) -> dict[str, Any]:
     job = dict(state["job"]) if "job" in state else of_flags(state["args"])
     if "world" not in state:  # a published file: its authors' folders are not here
         job.pop("data", None)
-    elif "train" in job:
-        job["train"] = {"optimizer": "adamw"} | dict(job["train"])  # before 27 November 2026 there was no other
+    else:
+        job["train"] = {"optimizer": "adamw"} | dict(job.get("train") or {})  # before 27 November 2026 there was no other
     if text := state.get("text"):  # which was there before the configs, and is what the features were really made with
         source = dict(job.get("text") or {})
         encoder = dict(source.get("encoder") or {}) | {"llm": text["llm"], "layer": text["layer"], "max_text_len": text["max_text_len"]}
@@ -295,7 +295,7 @@ class Rule:
 
     field: str  # dotted, within the job
     flag: str
-    when: Sequence[str] = ("training", "drawing")  # or "counting": in training that goes on counting its steps
+    when: Sequence[str] = ("training", "drawing")  # or "resuming": in training that goes on with it; "counting": and goes on counting its steps
     kind: str = ""  # "text" or "class": for these models alone
 
 
@@ -311,8 +311,8 @@ RULES = (
     Rule("text.encoder.layer", "llm_layer", kind="text"),
     Rule("text.norm", "text_norm", kind="text"),
     Rule("model.class_num", "class_num", kind="class"),
-    Rule("train.lora_rank", "lora_rank", ("training",)),
-    Rule("train.optimizer", "optimizer", ("training",)),
+    Rule("train.lora_rank", "lora_rank", ("resuming",)),
+    Rule("train.optimizer", "optimizer", ("resuming",)),
     Rule("run.seed", "seed", ("counting",)),  # it and the next decide which pictures a step trains on
     Rule("data.held_out", "held_out", ("counting",), kind="text"),
 )
@@ -331,6 +331,7 @@ def check(saved: Saved, job: Job, base: bool = False) -> None:
             raise UserError(
                 f"{saved.path} holds {'adapters alone; give --lora_rank' if saved.base else 'a whole model and no adapters; leave out --lora_rank'}"
             )
+        moments.add("resuming")
         if saved.world and not saved.anew:
             moments.add("counting")
     name = job.model.name if says_all else job.given.get("model", look_up(saved.job, "model.name") or Model.name)
@@ -507,7 +508,7 @@ def restore(saved: Saved, state: TrainState, steps_per_epoch: int) -> Progress:
         by_name = checkpoint.load_optimizer_state(state.optimizer, state.net, saved.optimizer)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--resume {saved.path}: its optimizer state is none of --optimizer's ({one_line(error)})") from error
-    missing = "" if by_name else "; its optimizer state is not by name (a published file?), so AdamW starts afresh"
+    missing = "" if by_name else "; its optimizer state is not by name (a published file?), so the optimizer starts afresh"
     within = f", {progress.epoch_step} of its {steps_per_epoch} steps done" if progress.epoch_step else ""
     say(f"resumed {saved.path}: next epoch {progress.epoch}{within}, step {state.step}, model, both EMAs{' and optimizer' if by_name else missing}")
     saved.close()

@@ -8,6 +8,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two descriptions are of features of the same language model, made in the same way, pooled or not, as far as both say it.
 
-    Where revisions cannot be compared (a release says none; a commit of the hub and the hash of a folder), the name decides, or the kind and the tokenizer.
+    Where revisions cannot be compared (a release says none; a commit of the hub and the hash of a folder), the last part of the name decides.
     """
     both = [name for name in ("architecture", "layer", "tokenizer", "text_norm", "width") if name in one and name in other]
     revisions = one.get("revision"), other.get("revision")
     if all(revisions) and hub.is_local(revisions[0]) == hub.is_local(revisions[1]):
         same = revisions[0] == revisions[1]
     else:
-        same = one.get("llm") == other.get("llm") or {"architecture", "tokenizer"} <= set(both)
+        same = Path(one.get("llm", "")).name == Path(other.get("llm", "")).name
     return same and all(one[name] == other[name] for name in both)
 
 

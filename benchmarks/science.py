@@ -304,14 +304,14 @@ class Found(dict[Experiment, dict]):
 
     def __init__(self, path: Path):
         self.path = path
-        for line in path.read_text().splitlines() if path.exists() else ():
+        for line in path.read_text().split("\n")[:-1] if path.exists() else ():  # the last may be half of one
             said = json.loads(line)
             self[Experiment(**said["experiment"])] = said["found"]
 
     def keep(self, one: Experiment, found: dict) -> None:
         self[one] = found
-        lines = (json.dumps({"experiment": asdict(of), "found": what}) + "\n" for of, what in self.items())
-        write_whole(self.path, lambda file: file.write("".join(lines).encode()))
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"experiment": asdict(one), "found": found}) + "\n")
 
     def of(self, experiments: Iterable[Experiment]) -> dict[Experiment, dict]:
         return {one: self[one] for one in experiments}
@@ -419,8 +419,10 @@ def draw_toy(found: dict[Experiment, dict], out: Path) -> None:
     """The first seed's points, a row of each prediction, into toy.png."""
     from matplotlib import pyplot
 
-    shown = {(one.predicts, one.dims): one for one in found if one.kind == "toy" and one.seed == 0}
-    dimensions = [dims for dims in DIMENSIONS if ("x", dims) in shown]
+    shown = {(one.predicts, one.dims): one for one in found if one.kind == "toy" and one.seed == 0 and drawn_by(one, out).exists()}
+    dimensions = [dims for dims in DIMENSIONS if all((predicts, dims) in shown for predicts in PREDICTIONS)]
+    if not dimensions:
+        return
     sheet, axes = pyplot.subplots(len(PREDICTIONS), len(dimensions), figsize=(2.2 * len(dimensions), 6.6), layout="constrained", squeeze=False)
     for row, predicts in zip(axes, PREDICTIONS):
         for place, dims in zip(row, dimensions):
@@ -435,9 +437,13 @@ def draw_pictures(found: dict[Experiment, dict], out: Path) -> None:
     from matplotlib import pyplot
 
     shown = {
-        (one.dims, one.predicts): one for one in found if one.kind == "pictures" and one.seed == 0 and (one.loss, one.P_mean, one.noise) == ("v", -0.8, 1.0)
+        (one.dims, one.predicts): one
+        for one in found
+        if one.kind == "pictures" and one.seed == 0 and (one.loss, one.P_mean, one.noise) == ("v", -0.8, 1.0) and drawn_by(one, out).exists()
     }
-    patches = [patch for patch in PATCHES if (patch, "x") in shown]
+    patches = [patch for patch in PATCHES if all((patch, predicts) in shown for predicts in PREDICTIONS)]
+    if not patches:
+        return
     sheet, axes = pyplot.subplots(len(patches) * len(PREDICTIONS), 1, figsize=(10, 0.6 * len(patches) * len(PREDICTIONS)), layout="constrained")
     for place, (patch, predicts) in zip(axes, ((patch, predicts) for patch in patches for predicts in PREDICTIONS)):
         place.imshow(pyplot.imread(drawn_by(shown[patch, predicts], out)))

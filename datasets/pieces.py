@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -88,6 +89,7 @@ def make(piece: Piece, job: PrepareJob) -> int:
     """The shard of a piece.  Returns: its number.  Raises: UserError, OSError."""
     if piece.file is None:
         rows, which = listed(job.data), piece.rows
+        rows = rows if piece.number == 0 else replace(rows, bad=[])  # what the whole source lacks is counted once
     else:
         data = job.data
         rows = (

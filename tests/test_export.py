@@ -133,6 +133,8 @@ def test_what_is_exported_is_one_set_of_weights_and_all_settings(trained, tmp_pa
     assert torch.equal(raw(PROMPTS), load_painter(trained, "raw", device="cpu")(PROMPTS))
     with pytest.raises(UserError, match="--eval_ema 2: .*raw holds raw alone"):
         load_painter(tmp_path / "raw", "2", device="cpu")
+    with pytest.raises(UserError, match="--eval_ema 2: .*raw holds raw alone"):
+        export("--resume", tmp_path / "raw", "--out", tmp_path / "again", "--with_text_encoder", "--eval_ema", "2")
     again = export("--resume", tmp_path / "raw", "--out", tmp_path / "again", "--with_text_encoder")
     assert json.loads((again / "config.json").read_text(encoding="utf-8"))["weights"] == "raw"
 

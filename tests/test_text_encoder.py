@@ -271,10 +271,11 @@ def test_a_folder_is_known_by_its_content_and_a_hub_model_by_its_commit(llm_fold
         ({}, True),
         ({"revision": "def"}, False),
         ({"layer": "last"}, False),
-        ({"revision": "sha256:0", "llm": "/models/llm"}, True),  # a copy of the model: kind, tokenizer and width say so
-        ({"revision": "sha256:0", "llm": "/models/llm", "width": 16}, False),
+        ({"revision": "sha256:0", "llm": "/models/b"}, True),  # a copy of the model
+        ({"revision": "sha256:0", "llm": "/models/b-instruct"}, False),
+        ({"revision": "sha256:0", "llm": "/models/b", "width": 16}, False),
         ({"revision": ""}, True),
-        ({"revision": "", "llm": "b/c"}, True),
+        ({"revision": "", "llm": "b/c"}, False),
     ],
 )
 def test_features_are_compared_by_what_both_sides_say(more, same):
