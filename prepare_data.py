@@ -81,7 +81,7 @@ def by_ray(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
         return
     job = replace(job, data=replace(job.data, path=os.path.abspath(job.data.path)), shards=replace(job.shards, out=os.path.abspath(job.shards.out)))
     code = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent)}}
-    ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="warning", runtime_env=code)
+    ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="warning", runtime_env=code)
     try:
         made = ray.data.range(len(pieces), override_num_blocks=len(pieces)).map(lambda row: {"number": make(pieces[row["id"]], job)}, num_cpus=1)
         if job.text:
