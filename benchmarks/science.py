@@ -470,7 +470,7 @@ def tell(found: dict[Experiment, dict], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/science"))
-    parser.add_argument("--full", action="store_true", help="all of it, about six hours on two cores")
+    parser.add_argument("--full", action="store_true", help="all of it, an estimated six hours on two cores")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, each on one core")
     args = parser.parse_args()
     tell(run(args.out, args.full, args.jobs), args.out)
