@@ -335,8 +335,11 @@ def test_flags_and_links_on_every_page_are_there(name):
     others = {f"--{known.name}" for job in (flags.ExportJob, flags.ConvertJob, flags.Shards, flags.AppJob) for known, _, _ in flags.flags_in(job)}
     known = {*flags.get_parser().options, *others, "--help", "--out", "--text_pooling", "--nproc_per_node", "--max-restarts", "--signals-to-handle"}
     assert set(re.findall(r"`(--[\w-]+)", text)) <= known
-    for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
-        assert ((ROOT / name).parent / link).exists(), link
+    for link, place in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text):
+        page = (ROOT / name).parent / link if link else ROOT / name
+        assert page.exists(), link
+        headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M) if place else []
+        assert not place or place in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, f"{link}#{place}"
 
 
 @pytest.mark.parametrize("name", ["docs/models.md", "docs/ja/models.md"])
