@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import flags
 from util.errors import UserError, told_in_one_line
@@ -21,7 +22,7 @@ if __name__ == "__main__":
         flags.parse_prepare()  # before torch is imported
 
 from config import PrepareJob
-from datasets.pieces import Piece, broken_in, check_made, make, making_of, pieces_of
+from datasets.pieces import Piece, broken_in, check_made, make, make_or_tell, making_of, pieces_of
 from datasets.prepared import build_index
 from datasets.shards import features_beside, shard_name
 from datasets.source import workers
@@ -64,8 +65,8 @@ class EncodingActor:
     def __init__(self, job: PrepareJob):
         self.encoding = encoding(job)
 
-    def __call__(self, row: dict[str, int]) -> dict[str, int]:
-        return {"number": self.encoding(int(row["number"]))}
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row if row["error"] else row | {"number": self.encoding(int(row["number"]))}
 
 
 def by_ray(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
@@ -83,24 +84,17 @@ def by_ray(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
     code = {"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parent)}}
     ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="warning", runtime_env=code)
     try:
-        made = ray.data.range(len(pieces), override_num_blocks=len(pieces)).map(lambda row: {"number": make(pieces[row["id"]], job)}, num_cpus=1)
+        made = ray.data.range(len(pieces), override_num_blocks=len(pieces)).map(lambda row: make_or_tell(pieces[row["id"]], job), num_cpus=1)
         if job.text:
             gpus = int(ray.cluster_resources().get("GPU", 0))
             takes = {"num_gpus": 1} if gpus else {"num_cpus": 0}
             made = made.map(EncodingActor, fn_constructor_args=(job,), concurrency=(1, max(1, gpus)), **takes)
-        yield from (row["number"] for row in made.iter_rows())
-    except Exception as error:
-        raise user_error_in(error) from error
+        for row in made.iter_rows():
+            if row["error"]:
+                raise UserError(row["error"])
+            yield row["number"]
     finally:
         ray.shutdown()
-
-
-def user_error_in(error: BaseException) -> BaseException:
-    """The UserError that Ray has wrapped, or the error as it is."""
-    inner: BaseException | None = error
-    while inner and not isinstance(inner, UserError):
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return UserError(str(inner)) if inner else error
 
 
 ENGINES = {"processes": by_processes, "ray": by_ray}

@@ -100,3 +100,11 @@ def make(piece: Piece, job: PrepareJob) -> int:
         which = range(len(rows.paths))
     prepare_shard(Path(job.shards.out), piece.number, rows, which, Made(making_of(job), said_of(piece, job), job.data.broken))
     return piece.number
+
+
+def make_or_tell(piece: Piece, job: PrepareJob) -> dict[str, int | str]:
+    """The same for a Ray cluster, which wraps exceptions past recognition: number, and what a UserError says."""
+    try:
+        return {"number": make(piece, job), "error": ""}
+    except UserError as error:
+        return {"number": piece.number, "error": str(error)}
