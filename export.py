@@ -32,8 +32,7 @@ def export(job: ExportJob) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already; name a new folder, or empty it")
     saved = resume.read_whole(path)
-    if saved.alone and job.weights not in (None, saved.alone):
-        raise UserError(f"--eval_ema {job.weights}: {path} holds {saved.alone} alone")
+    saved.check_which((job.weights,) if job.weights else ())
     job = replace(job, weights=job.weights or saved.alone or "1")
     if "model" not in saved.job:
         raise UserError(f"--resume {path} does not say which model it is; wanted a checkpoint of this code")

@@ -126,6 +126,11 @@ class Saved:
     base: str = ""  # as TrainState has it
     alone: str = ""  # which weights an exported folder holds: an average, or "raw"
 
+    def check_which(self, asked: Sequence[str]) -> None:
+        """Raises: UserError where weights are asked for that an exported folder does not hold."""
+        if others := [which for which in asked if self.alone and which != self.alone]:
+            raise UserError(f"--eval_ema {others[0]}: {self.path} holds {self.alone} alone")
+
     @property
     def best(self) -> dict[str, Tensor]:
         """The first average, or where there is none the weights."""
@@ -414,9 +419,8 @@ def completed(job: J, saved: Saved) -> J:
     configs = filled(job, saved, INHERITED + (() if "data_path" in given else OF_DATA))
     if "output_dir" not in given and (job.drawing.lora or not saved.path.is_dir()):  # nothing is written into a model's folder
         configs["run"] = replace(configs["run"], output_dir=job.drawing.lora or str(saved.path.parent))
+    saved.check_which(given.get("eval_ema", ()))
     if saved.alone:
-        if others := [which for which in given.get("eval_ema", ()) if which != saved.alone]:
-            raise UserError(f"--eval_ema {others[0]}: {saved.path} holds {saved.alone} alone")
         configs["drawing"] = replace(configs["drawing"], weights=saved.alone)
     job = replace(job, **configs)
     return replace(job, sweep=completed_sweep(job)) if isinstance(job, SweepJob) else job
