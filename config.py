@@ -245,8 +245,8 @@ class TextConfig(Config):
     dtype: str = flag(
         "auto",
         "llm_dtype",
-        "type the language model runs in; auto: that of the checkpoint, else of the text store, else bf16 on a GPU and fp32 on a CPU",
-        "言語モデルの計算精度。auto はチェックポイント、なければテキストストアに合わせ、どちらもなければ GPU で bf16、CPU で fp32",
+        "type the language model runs in; auto: that of the checkpoint, else of the text cache, else bf16 on a GPU and fp32 on a CPU",
+        "言語モデルの計算精度。auto はチェックポイント、なければテキストキャッシュに合わせ、どちらもなければ GPU で bf16、CPU で fp32",
         choices=("auto", "fp32", "bf16"),
     )
     revision: str | None = None  # of a hub name
@@ -266,15 +266,15 @@ class TextSource(Config):
     cache: str = flag(
         "disk",
         "text_cache",
-        "features of each distinct caption once, in a store on `disk` or in `memory`; `off`: the language model runs in every step, for captions too varied to store",
+        "features of each distinct caption once, on `disk` or in `memory`; `off`: the language model runs in every step, for captions too varied to store",
         "異なるキャプションごとに一度だけ計算した特徴量の置き場所。`disk` か `memory`。`off` は毎ステップ言語モデルを実行します（種類が多すぎて保存できない場合）",
         choices=("disk", "memory", "off"),
     )
     folder: str | None = flag(
         None,
         "text_cache_dir",
-        "folder of the store",
-        "ストアのフォルダ",
+        "folder of the text cache",
+        "テキストキャッシュのフォルダ",
         shown="text_cache in data_path, or in output_dir where that is read-only",
     )
     norm: str = flag(
@@ -414,8 +414,8 @@ class Train(Config):
     init_from: str | None = flag(
         None,
         "init_from",
-        "checkpoint whose first average a new run begins with; its kind of condition and language model may be others. Optimizer, averages and steps start afresh",
-        "新しい学習の初期重みにするチェックポイント（1 つ目の重み平均を使います）。条件の種類や言語モデルは違ってもかまいません。オプティマイザ、重み平均、ステップ数は最初からです",
+        "checkpoint whose EMA 1 a new run begins with; its kind of condition and language model may be others. Optimizer, EMAs and steps start afresh",
+        "新しい学習の初期重みにするチェックポイント（EMA 1 を使います）。条件の種類や言語モデルは違ってもかまいません。オプティマイザ、EMA、ステップ数は最初からです",
     )
     lora_rank: int | None = flag(
         None,
@@ -435,9 +435,9 @@ class Train(Config):
     parallel: str = flag(
         "ddp",
         "parallel",
-        "how processes share the work: `ddp` has the whole model on each; `fsdp` shares weights, averages and optimizer out among them; "
+        "how processes share the work: `ddp` has the whole model on each; `fsdp` shares weights, EMAs and optimizer out among them; "
         "`hsdp` does so within a node, and nodes hold the same",
-        "プロセス間の分担。`ddp` は各プロセスがモデル全体を持ちます。`fsdp` は重み、重み平均、オプティマイザを分割して持ち、`hsdp` はノード内で分割し、ノード間では同じものを持ちます",
+        "プロセス間の分担。`ddp` は各プロセスがモデル全体を持ちます。`fsdp` は重み、EMA、オプティマイザを分割して持ち、`hsdp` はノード内で分割し、ノード間では同じものを持ちます",
         choices=("ddp", "fsdp", "hsdp"),
     )
     start_epoch: int | None = flag(None, "start_epoch", "number of the first epoch", "最初のエポックの番号", shown="what the checkpoint says, else 0")
@@ -471,11 +471,11 @@ class Averages(Config):
     decay1: float = flag(
         0.9999,
         "ema_decay1",
-        "first weight average, the one that draws unless --eval_ema says otherwise",
-        "1 つ目の重み平均。--eval_ema がなければこれで描画します",
+        "EMA 1 of the weights, the one that draws unless --eval_ema says otherwise",
+        "EMA 1（重みの移動平均）の減衰率。--eval_ema がなければこれで生成します",
         bounds=BELOW_1,
     )
-    decay2: float = flag(0.9996, "ema_decay2", "second weight average", "2 つ目の重み平均", bounds=BELOW_1)
+    decay2: float = flag(0.9996, "ema_decay2", "EMA 2 of the weights", "EMA 2 の減衰率", bounds=BELOW_1)
     warmup: bool = flag(
         True,
         "ema_warmup",
@@ -512,8 +512,8 @@ class Drawing(Config):
     weights: str = flag(
         "1",
         "eval_ema",
-        "weights that draw: the averages `1` and `2`, or `raw`; for --sweep several: `1,2,raw`",
-        "描画に使う重み: 平均 `1`、`2`、または `raw`。--sweep では `1,2,raw` のように複数指定できます",
+        "weights to draw with: EMA `1` or `2`, or `raw`; for --sweep several: `1,2,raw`",
+        "生成に使う重み: EMA `1`、`2`、または EMA なしの `raw`。--sweep では `1,2,raw` のように複数指定できます",
         choices=("1", "2", "raw"),
         several="weights",
     )

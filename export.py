@@ -41,7 +41,7 @@ def export(job: ExportJob) -> Path:
         raise UserError(f"the language model is the local folder {llm}, which others do not have; copy it along by --with_text_encoder")
     weights = saved.weights if job.weights == "raw" else saved.averages[int(job.weights) - 1]
     if weights is None:
-        raise UserError(f"--resume {path} has no average {job.weights}; try --eval_ema raw")
+        raise UserError(f"--resume {path} has no EMA {job.weights}; try --eval_ema raw")
     if job.lora:
         weights = merged(job)
     building = out.with_name(f".{out.name}.tmp")

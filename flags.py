@@ -371,13 +371,15 @@ def sweep_of(given: Mapping[str, Any]) -> Sweep:
 
 def parse_cache(argv: Sequence[str] | None = None) -> CacheJob:
     """cache_text.py: a training command, or just its data and text flags."""
-    groups = (*GROUPS, Group("store", "ストア", (CacheFlags,)))
+    groups = (*GROUPS, Group("text cache", "テキストキャッシュ", (CacheFlags,)))
     given = get_parser(groups, "Encode a data set's captions ahead of time: a training command with cache_text.py in place of main_jit.py.").read(argv)
     given.setdefault("model", "JiT-B/16-Text")
-    require("lora_rank" not in given, "--lora_rank: training adapters fills the store itself; for cache_text.py give the base's --model and text flags instead")
+    require(
+        "lora_rank" not in given, "--lora_rank: training adapters fills the text cache itself; for cache_text.py give the base's --model and text flags instead"
+    )
     job = job_of(given)
     require(job.model.is_text, f"--model {job.model.name} is a class model and has no captions; try --model {job.model.name}-Text")
-    require(job.text.cache == "disk", f"--text_cache {job.text.cache} keeps no store that could be made ahead of time; leave it out")
+    require(job.text.cache == "disk", f"--text_cache {job.text.cache} keeps nothing that could be made ahead of time; leave it out")
     pooling = build(CacheFlags, given).text_pooling or job.text.encoder.pooling
     text = replace(job.text, encoder=replace(job.text.encoder, pooling=pooling))
     return CacheJob(job.model, job.data, text, job.run, tuple(given.get("prompt", ())), given.get("prompts_file"))

@@ -212,6 +212,11 @@ class LoadedPainter:
         lora.check_folder(str(folder))
         merge_adapters(self.weights, str(folder), scale)
 
+    @property
+    def sampler(self) -> SamplerConfig:
+        """How the checkpoint says to draw; a call takes `dataclasses.replace(painter.sampler, steps=20)`."""
+        return self.job.drawing.sampler
+
     @cached_property
     def encoder(self):
         return PinnedModel(self.job.text.encoder, self.text, {}, self.device).load()
@@ -229,7 +234,7 @@ class LoadedPainter:
         """
         y, null = self.condition(prompts)
         painter = make_painter(self.job, self.weights.net, null, self.device)
-        painter = replace(painter, seed=seed, sampler=sampler or self.job.drawing.sampler, batch_size=None, room=self.room)
+        painter = replace(painter, seed=seed, sampler=sampler or self.sampler, batch_size=None, room=self.room)
         with self.weights.drawing(self.job.drawing.weights):
             drawn = painter.paint_in_batches(range(first, first + len(y)), lambda numbers: y[[number - first for number in numbers]])
             parts = [pictures for _, pictures in drawn]
@@ -239,7 +244,7 @@ class LoadedPainter:
 def load_painter(path: str | Path, weights: str | None = None, device: str = "auto", llm: str | None = None, trust_remote_code: bool = False) -> LoadedPainter:
     """A painter with all its settings out of a checkpoint: a file, or a folder with checkpoint-last.pth.
 
-    Args: weights: the average "1" or "2", or "raw"; None: as the checkpoint says, average 1 if nothing else was asked of it; device: "auto", "cuda" or "cpu"; llm: where the language model's folder is now;
+    Args: weights: EMA "1" or "2", or "raw"; None: as the checkpoint says, EMA 1 if nothing else was asked of it; device: "auto", "cuda" or "cpu"; llm: where the language model's folder is now;
     trust_remote_code: run the code that it brings along.  Raises: UserError where the checkpoint cannot be had.
     """
     given = {"resume": str(path), "device": device, "trust_remote_code": trust_remote_code}

@@ -220,9 +220,9 @@ def check_room(folder: Path, encoder: TextEncoder, texts: Texts, missing: np.nda
     if needed > free:
         raise UserError(f"--text_cache_dir {folder}: {sizes}; {remedies}")
     if needed > MUCH_DISK * free:
-        say(f"warning: text store {folder}: {sizes}; {remedies}")
+        say(f"warning: text cache {folder}: {sizes}; {remedies}")
     elif encoder.config.pooling == "tokens":
-        say(f"text store {folder}: {sizes}")
+        say(f"text cache {folder}: {sizes}")
 
 
 def size_of(count: float) -> str:
@@ -237,7 +237,7 @@ def from_disk(folder: Path, model: PinnedModel, texts: Texts, keys: np.ndarray) 
     store = opened(folder, texts)
     distinct = disk.first_of_each(keys)
     missing = distinct[store.find(keys[distinct]) < 0]
-    say(f"text store {folder}: holds {len(distinct) - len(missing)} of {len(distinct)} texts" + ("" if len(missing) else "; the LLM is not loaded"))
+    say(f"text cache {folder}: holds {len(distinct) - len(missing)} of {len(distinct)} texts" + ("" if len(missing) else "; the LLM is not loaded"))
     if len(missing):
         if dist.is_main():
             writable_folder(folder, "--text_cache_dir")
@@ -292,7 +292,7 @@ def build_store(config: TextConfig, folder: Path, captions: Sequence[str], promp
     rows = store.find(keys)
     say_lengths(store, np.unique(rows[: len(captions)]), np.unique(rows), config.max_text_len)
     size = sum((folder / name).stat().st_size for name in store.names)
-    say(f"text store {folder}: complete, {len(store)} texts in {size / 1e6:.1f} MB, {size / len(store):.0f} bytes each")
+    say(f"text cache {folder}: complete, {len(store)} texts in {size / 1e6:.1f} MB, {size / len(store):.0f} bytes each")
 
 
 class RowsBeside:

@@ -69,7 +69,7 @@ def facts_of(job: ExportJob, saved: Saved) -> dict[str, str]:
         "steps": f"{step:,}" if step else OPEN,
         "training": f"{step * world.effective_batch:,} pictures seen, batches of {world.effective_batch}" if world else OPEN,
         "learning rate": f"{lr:g}" if lr else OPEN,
-        "weights": f"{'raw' if job.weights == 'raw' else f'average {job.weights}'}, {job.dtype}"
+        "weights": f"{'raw' if job.weights == 'raw' else f'EMA {job.weights}'}, {job.dtype}"
         + (f", with the adapters {Path(job.lora).resolve().name} x {job.lora_scale:g}" if job.lora else ""),
         "licence": f"{job.licence} {OPEN}",
     }

@@ -9,13 +9,13 @@
 #
 # Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-26, eager):
 #   measured        712 pictures/s on one H100 at batch 128, 26.2 GB at the peak: 29 hours on eight if they scale
-#   forward         50 GFLOP a picture (the paper's 25 "Gflops" count a multiply-add as one operation)
-#   training        three times as much: 150 GFLOP a picture
-#   per million pictures of data   0.15 EFLOP an epoch, 90 EFLOP for 600 epochs
-#   time            7.9 hours per million pictures on eight H100. Assumed: 40 % of 989 TFLOP/s (bf16, dense) on each.
+#   forward         50 GFLOP per picture (the paper's 25 "Gflops" count a multiply-add as one operation)
+#   training        three times as much: 150 GFLOP per picture
+#   per million pictures of data   0.15 EFLOP per epoch, 90 EFLOP for 600 epochs
+#   time            13 hours per million pictures on eight H100, computed for compiled steps (docs/running.md), which nobody has measured
 #   evaluations     --online_eval draws 50,000 pictures 15 times, 187 passes of the network each: 7.0 EFLOP,
-#                   0.6 hours more at that rate
-#   memory          2.7 GB a GPU for weights, two averages and AdamW in float32 (20 bytes x 132.7M parameters);
+#                   1 hour more at the computed speed
+#   memory          2.7 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 132.7M parameters);
 #                   gradients (0.5 GB) and activations come on top
 set -euo pipefail
 

@@ -8,17 +8,17 @@
 # With fewer GPUs add --accum_iter so that the product stays 1024: GPUS=4 bash recipes/b16_256_tokens.sh --accum_iter 2
 # The noise scale is 2, where the paper has 1 at 256 pixels: on drawn scenes (benchmarks/README.md) networks of tokens learned sooner to read with louder
 # noise. Nobody has measured it on photographs; --noise_scale 1 is the paper's.
-# A caption of 40 tokens takes 246 KB in the store with llm-jp-3-3.7b, 41 KB with llm-jp-3-150m; docs/text.md says when to do without a store.
+# A caption of 40 tokens takes 246 KB in the text cache with llm-jp-3-3.7b, 41 KB with llm-jp-3-150m; docs/text.md says when to do without the cache.
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
 # Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-26, eager):
 #   measured        648 pictures/s on one H100 at batch 128, 28.6 GB at the peak: 32 hours on eight if they scale
-#   forward         57 GFLOP a picture: 256 patches, and 77 tokens from block 4 on
-#   training        three times as much: 170 GFLOP a picture
-#   per million pictures of data   0.17 EFLOP an epoch, 102 EFLOP for 600 epochs
-#   time            8.9 hours per million pictures on eight H100. Assumed: 40 % of 989 TFLOP/s (bf16, dense) on each.
-#   memory          2.7 GB a GPU for weights, two averages and AdamW in float32 (20 bytes x 132.8M parameters), gradients 0.5 GB,
-#                   activations 0.24 GB a picture: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted without a GPU)
+#   forward         57 GFLOP per picture: 256 patches, and 77 tokens from block 4 on
+#   training        three times as much: 170 GFLOP per picture
+#   per million pictures of data   0.17 EFLOP per epoch, 102 EFLOP for 600 epochs
+#   time            15 hours per million pictures on eight H100, computed for compiled steps (docs/running.md), which nobody has measured
+#   memory          2.7 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 132.8M parameters), gradients 0.5 GB,
+#                   activations 0.24 GB per picture: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted without a GPU)
 set -euo pipefail
 
 DATA=${DATA:-my_data}

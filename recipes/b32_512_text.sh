@@ -9,13 +9,13 @@
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
 # Cost, computed, not measured:
-#   forward         52 GFLOP a picture (the paper's 26 "Gflops" count a multiply-add as one operation)
-#   training        three times as much: 156 GFLOP a picture
-#   per million pictures of data   0.16 EFLOP an epoch, 94 EFLOP for 600 epochs
-#   time            8.2 hours per million pictures on eight H100. Assumed: 40 % of 989 TFLOP/s (bf16, dense) on each.
+#   forward         52 GFLOP per picture (the paper's 26 "Gflops" count a multiply-add as one operation)
+#   training        three times as much: 156 GFLOP per picture
+#   per million pictures of data   0.16 EFLOP per epoch, 94 EFLOP for 600 epochs
+#   time            14 hours per million pictures on eight H100, computed for compiled steps (docs/running.md), which nobody has measured
 #   evaluations     --online_eval draws 50,000 pictures 15 times, 187 passes of the network each: 7.3 EFLOP,
-#                   0.6 hours more at that rate
-#   memory          2.7 GB a GPU for weights, two averages and AdamW in float32 (20 bytes x 134.8M parameters);
+#                   1.1 hours more at the computed speed
+#   memory          2.7 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 134.8M parameters);
 #                   gradients (0.5 GB) and activations come on top
 set -euo pipefail
 

@@ -10,21 +10,21 @@
 # model, which has to learn to read by attention. What they are worth here is open: watch text_gap/shuffled, and stop where it stays at zero.
 # The noise scale is 1, which the class weights were trained with.
 # 200 epochs, the paper's shorter training, where recipes/b16_256_tokens.sh has 600, and one epoch of warm-up: a choice, not a finding.
-# The language model reads each caption once, so it may be large: 40 tokens of llm-jp-3-3.7b take 246 KB in the store. For more than some hundred thousand
-# captions give --llm_model_name llm-jp/llm-jp-3-440m (82 KB); docs/text.md says when to do without a store.
+# The language model reads each caption once, so it may be large: 40 tokens of llm-jp-3-3.7b take 246 KB in the text cache. For more than some hundred thousand
+# captions give --llm_model_name llm-jp/llm-jp-3-440m (82 KB); docs/text.md says when to do without the cache.
 # Effective batch 1024 = 128 x 8 GPUs; learning rate 2e-4 = blr x 1024 / 256.
 # With fewer GPUs add --accum_iter so that the product stays 1024: GPUS=4 bash recipes/jit_tokens_from_classes.sh --accum_iter 2
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
 # Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-26, eager):
 #   measured        648 pictures/s on one H100 at batch 128, 28.6 GB at the peak: 11 hours on eight if they scale
-#   forward         57 GFLOP a picture: 256 patches, and 77 tokens from block 4 on
-#   training        three times as much: 170 GFLOP a picture
-#   per million pictures of data   0.17 EFLOP an epoch, 34 EFLOP for 200 epochs
-#   time            3.0 hours per million pictures on eight H100 or H200. Assumed: 40 % of 989 TFLOP/s (bf16, dense) on each.
+#   forward         57 GFLOP per picture: 256 patches, and 77 tokens from block 4 on
+#   training        three times as much: 170 GFLOP per picture
+#   per million pictures of data   0.17 EFLOP per epoch, 34 EFLOP for 200 epochs
+#   time            5 hours per million pictures on eight H100, computed for compiled steps (docs/running.md), which nobody has measured
 #   captions        254 GFLOP for 40 tokens in llm-jp-3-3.7b, once: 0.25 EFLOP for a million
-#   memory          2.7 GB a GPU for weights, two averages and AdamW in float32 (20 bytes x 132.8M parameters), gradients 0.5 GB,
-#                   activations 0.24 GB a picture: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted without a GPU)
+#   memory          2.7 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 132.8M parameters), gradients 0.5 GB,
+#                   activations 0.24 GB per picture: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted without a GPU)
 set -euo pipefail
 
 FROM=${FROM:-jit_b16/checkpoint-last.pth}

@@ -8,13 +8,13 @@
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
 # Cost, computed, not measured:
-#   forward         176 GFLOP a picture (the paper's 88 "Gflops" count a multiply-add as one operation)
-#   training        three times as much: 528 GFLOP a picture
-#   per million pictures of data   0.53 EFLOP an epoch, 317 EFLOP for 600 epochs
-#   time            27.8 hours per million pictures on eight H100. Assumed: 40 % of 989 TFLOP/s (bf16, dense) on each.
+#   forward         176 GFLOP per picture (the paper's 88 "Gflops" count a multiply-add as one operation)
+#   training        three times as much: 528 GFLOP per picture
+#   per million pictures of data   0.53 EFLOP per epoch, 317 EFLOP for 600 epochs
+#   time            41 hours per million pictures on eight H100, computed for compiled steps (docs/running.md), which nobody has measured
 #   evaluations     --online_eval draws 50,000 pictures 15 times, 187 passes of the network each: 24.7 EFLOP,
-#                   2.2 hours more at that rate
-#   memory          9.2 GB a GPU for weights, two averages and AdamW in float32 (20 bytes x 461.0M parameters);
+#                   3.2 hours more at the computed speed
+#   memory          9.2 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 461.0M parameters);
 #                   gradients (1.8 GB) and activations come on top
 set -euo pipefail
 

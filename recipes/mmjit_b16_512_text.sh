@@ -3,23 +3,23 @@
 #
 #   DATA=my_data OUT=output/mmjit_b16 GPUS=8 bash recipes/mmjit_b16_512_text.sh [more flags]      (these are the defaults)
 #
-# Effective batch 1024 = 32 x 8 GPUs x 4 parts; learning rate 4e-4, constant after 5 epochs of warm-up; noise scale 2; averages of 0.99995 and 0.9999.
+# Effective batch 1024 = 32 x 8 GPUs x 4 parts; learning rate 4e-4, constant after 5 epochs of warm-up; noise scale 2; EMAs of 0.99995 and 0.9999.
 # With fewer GPUs raise --accum_iter so that the product stays 1024. 256 epochs of a million pictures are the recipe's 250,000 steps; for ten million
-# pictures give --epochs 26 --warmup_epochs 0.5. Captions of 150 tokens take 230 KB each in a store, so the encoder, ModernBERT of 310M parameters
+# pictures give --epochs 26 --warmup_epochs 0.5. Captions of 150 tokens take 230 KB each in the text cache, so the encoder, ModernBERT of 310M parameters
 # (sbintuitions/modernbert-ja-310m), runs in every step. llm-jp-3-3.7b would take 0.96 TFLOP for the same caption, nearly as much as the network, and larger
-# encoders than FLAN-T5's 340M parameters added almost nothing for MiniT2I's authors. For some hundred thousand captions make a store: add
+# encoders than FLAN-T5's 340M parameters added almost nothing for MiniT2I's authors. For some hundred thousand captions make a text cache: add
 # --text_cache disk. Captions are dropped at .1 and read up to 256 tokens by default. MiniT2I draws with cfg 2.5 to look at, with 5 to 6 for GenEval.
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
 # Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-26, eager):
 #   measured        119 pictures/s on one H100 at batch 32, 37.7 GB at the peak, without the encoder: 75 hours on eight if they scale
-#   forward         400 GFLOP a picture: 1024 patches and 256 text tokens
-#   training        three times as much: 1.20 TFLOP a picture, and 0.07 TFLOP for a caption of 150 tokens in the encoder
+#   forward         400 GFLOP per picture: 1024 patches and 256 text tokens
+#   training        three times as much: 1.20 TFLOP per picture, and 0.07 TFLOP for a caption of 150 tokens in the encoder
 #   250,000 steps   326 EFLOP
-#   time            29 hours on eight H100 or H200. Assumed: 40 % of 989 TFLOP/s (bf16, dense) on each. MiniT2I's authors report three days
-#                   on eight H100 for the smaller MMJiT-B/32, for which the assumption says 13 hours in both stages: plan for more
-#   memory          5.0 GB a GPU for weights, two averages and AdamW in float32 (20 bytes x 251.0M parameters), gradients 1.0 GB,
-#                   activations 1.26 GB a picture: 40 GB at 32 (tensors that autograd keeps under bf16 autocast, counted without a GPU).
+#   time            39 hours on eight H100, computed for compiled steps (docs/running.md), without the encoder,
+#                   which nobody has measured
+#   memory          5.0 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 251.0M parameters), gradients 1.0 GB,
+#                   activations 1.26 GB per picture: 40 GB at 32 (tensors that autograd keeps under bf16 autocast, counted without a GPU).
 #                   On 141-GB cards --batch_size 64 --accum_iter 2 make the same batch
 set -euo pipefail
 

@@ -7,15 +7,15 @@
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
 # Cost, computed, not measured:
-#   forward         3.8 GFLOP a picture. The paper has no such size: 2 x parameters x tokens (64 in four blocks, 96 in
+#   forward         3.8 GFLOP per picture. The paper has no such size: 2 x parameters x tokens (64 in four blocks, 96 in
 #                   eight) is 3.62, attention 0.14, the rest 0.04
-#   training        three times as much: 11.4 GFLOP a picture
-#   per million pictures of data   0.011 EFLOP an epoch, 11.4 EFLOP for 1000 epochs
+#   training        three times as much: 11.4 GFLOP per picture
+#   per million pictures of data   0.011 EFLOP per epoch, 11.4 EFLOP for 1000 epochs
 #   for 500 pictures               0.0057 EFLOP for 1000 epochs
 #   time            500 pictures, 1000 epochs: one minute on an H100 at 10 % of 989 TFLOP/s (bf16, dense). Assumed: so small
 #                   a network leaves most of the card idle; starting, loading and saving come on top. 13 hours on two CPU
 #                   cores, if they reach 125 GFLOP/s as in the training step of JiT-S/16 in benchmarks/README.md
-#   memory          0.7 GB for weights, two averages and AdamW in float32 (20 bytes x 32.8M parameters);
+#   memory          0.7 GB for weights, two EMAs and AdamW in float32 (20 bytes x 32.8M parameters);
 #                   gradients (0.1 GB) and activations come on top
 set -euo pipefail
 

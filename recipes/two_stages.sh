@@ -13,7 +13,7 @@
 #   BLIP3o (English; to be recaptioned or translated)       36 million, in tar files
 # All but -ext have brief captions: stage 1 wants them written anew, at some 100 tokens. Licences are as the pages state them; those of the
 # pictures behind addresses are their own.
-# Stage 2 (DATA): 40,000 steps on 120,000 clean pairs at a tenth of the rate, from stage 1's first average. MiniT2I took BLIP3o-60k, DALL-E 3 and
+# Stage 2 (DATA): 40,000 steps on 120,000 clean pairs at a tenth of the rate, from stage 1's EMA 1. MiniT2I took BLIP3o-60k, DALL-E 3 and
 # ShareGPT-4o pictures (English; no such set in Japanese is known here, so translate, or take -ext above); GenEval was .826 after both stages,
 # .529 after the first alone, .408 after the second alone. On drawn scenes a first stage with 30 % wrong captions did harm (benchmarks/README.md): look
 # for wrong captions before anything else.
@@ -23,9 +23,9 @@
 #
 # Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-26, eager):
 #   measured        295 pictures/s on one H100, without the encoder: 30 hours on eight for stage 1 and 5 for stage 2, if they scale
-#   training        0.43 TFLOP a picture, and 0.07 TFLOP for a caption of 150 tokens in the encoder
-#   stage 1         128 EFLOP, 11 hours on eight H100 or H200;  stage 2   21 EFLOP, 1.8 hours. Assumed: 40 % of 989 TFLOP/s
-#                   (bf16, dense) on each. MiniT2I's authors report three days on eight H100: plan for more
+#   training        0.43 TFLOP per picture, and 0.07 TFLOP for a caption of 150 tokens in the encoder
+#   stage 1         128 EFLOP, 15 hours on eight H100, computed for compiled steps (docs/running.md) without the encoder, which nobody has
+#                   measured; stage 2: 21 EFLOP, 2.4 hours. MiniT2I's authors report three days on eight H100: plan for more
 #   memory          as recipes/mmjit_b32_512_text.sh
 set -euo pipefail
 

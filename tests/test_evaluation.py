@@ -372,7 +372,7 @@ def test_weights_are_looked_for_before_anything_else(text_data, llm_folder, ince
     printed = capsys.readouterr().out
     place = extractors.INCEPTION.place
     assert f"FID and IS are left out: no Inception weights; download {extractors.INCEPTION.url} to {place}, or name the file by --inception_weights" in printed
-    assert printed.index("left out") < printed.index("text store") and not (tmp_path / "out" / "eval").exists()
+    assert printed.index("left out") < printed.index("text cache") and not (tmp_path / "out" / "eval").exists()
     run(*argv, "--online_eval", "--save_images", "--num_images", "3", "--epochs", "2", "--resume", str(tmp_path / "out"))  # the pictures alone
     assert len([*(tmp_path / "out" / "eval").glob("*/*.png")]) == 3
 

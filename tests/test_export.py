@@ -157,7 +157,7 @@ def test_the_card_says_what_the_checkpoint_says_and_leaves_the_rest_open(trained
     folder = export("--resume", trained, "--out", tmp_path / "st", "--with_text_encoder", "--license", "mit")
     _, head, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     assert yaml.safe_load(head)["license"] == "mit" and yaml.safe_load(head)["pipeline_tag"] == "text-to-image"
-    for word in (MODELS["text"], "16 x 16", "data (fill in)", "average 1, fp32", "| FID | 12.5 |", "24 tokens at most", "batches of 8", "load_painter"):
+    for word in (MODELS["text"], "16 x 16", "data (fill in)", "EMA 1, fp32", "| FID | 12.5 |", "24 tokens at most", "batches of 8", "load_painter"):
         assert word in body, word
     (results,) = (folder / ".eval_results").iterdir()
     found = yaml.safe_load(results.read_text(encoding="utf-8"))

@@ -154,7 +154,7 @@ def test_a_store_of_tokens_says_its_size_first(llm_folder, tmp_path, monkeypatch
     lengths = [len(ids) for ids in load_encoder(llm_folder(), pooling="tokens").token_ids([*CAPTIONS, ""])]
     needed = round(sum(lengths) * 2 * 32 + 25 * len(lengths))
     source = TextSource(TextConfig(str(llm_folder()), 40, "last", "tokens"), "disk", str(tmp_path / "store"), "none")
-    for free, words in ((2 * needed + 2, "text store"), (needed + 1, "warning: text store"), (needed - 1, None)):
+    for free, words in ((2 * needed + 2, "text cache"), (needed + 1, "warning: text cache"), (needed - 1, None)):
         monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
         if words is None:
             with pytest.raises(UserError, match=r"--text_cache off.*smaller --llm_model_name.*shorter --max_text_len"):

@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"--text_cache_dir {folder}: {MANIFEST} cannot be read ({error}); name another folder, or delete this one") from error
     if not isinstance(manifest, dict):
-        raise UserError(f"--text_cache_dir {folder}: {MANIFEST} is not a store's; name another folder")
+        raise UserError(f"--text_cache_dir {folder}: {MANIFEST} is not a text cache's; name another folder")
     return manifest
 
 
