@@ -238,10 +238,11 @@ def fresh_state(job: TrainJob, conditions: Conditioning, origin: Saved | None, d
 
 def put_adapters(net: nn.Module, rank: int, seed: int, origin: Saved) -> str:
     """On the weights of --init_from, which stay.  Returns: their hash.  Raises: UserError where they do not fit."""
-    net.load_state_dict(checkpoint.without_prefix(origin.best, net.state_dict(), f"--init_from {origin.path}"))
+    below = origin.best  # read once: of a checkpoint in parts it is the whole model
+    net.load_state_dict(checkpoint.without_prefix(below, net.state_dict(), f"--init_from {origin.path}"))
     lora.add(net, rank, seed)
-    say(f"adapters of rank {rank} on {origin.path}, EMA 1, whose {sum(value.numel() for value in origin.best.values()) / 1e6:.1f}M weights stay as they are")
-    return lora.digest(origin.best)
+    say(f"adapters of rank {rank} on {origin.path}, EMA 1, whose {sum(value.numel() for value in below.values()) / 1e6:.1f}M weights stay as they are")
+    return lora.digest(below)
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,12 @@ def find(job: Job) -> Saved | None:
         path, start_epoch = beginning(job)
         if path and path.is_dir():
             raise UserError(f"--resume {path} is a model to draw with and holds no run to go on with; begin one with its weights by --init_from {path}")
-        return read(path, start_epoch) if path else None
+        saved = read(path, start_epoch) if path else None
+        if saved and job.train.init_from and not look_up(saved.job, "train.init_from"):
+            raise UserError(
+                f"--init_from {job.train.init_from}: {path} was begun without it; go on with that without --init_from, or name another --output_dir"
+            )
+        return saved
     path = checkpoint.find(job.run.resume, job.run.output_dir)
     if path is None:
         raise UserError(f"--resume {job.run.resume} holds no checkpoint yet, so there is nothing to draw with")
@@ -264,15 +269,15 @@ def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
     """The file that training begins from, and the epoch that --start_epoch asks for.
 
     A run that has written into output_dir goes on from there when the same command is given again, wherever --resume had it begin; and where
-    torchrun starts it again, --start_epoch has had its effect.
+    torchrun starts it again after that, --start_epoch has had its effect.
     """
     run, start_epoch = job.run, job.train.start_epoch
     own = Path(run.output_dir) / checkpoint.LAST
-    if own.exists() and job.train.init_from:
-        say(f"going on with {own}, which was begun with --init_from {job.train.init_from}; for a fresh start name another --output_dir")
-        return own, start_epoch
-    if own.exists() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    if own.exists() and (began := dist.torchrun_began()) and own.stat().st_mtime > began:
         return own, None
+    if own.exists() and job.train.init_from:
+        say(f"going on with {own} of a run that was begun with --init_from; for a fresh start name another --output_dir")
+        return own, start_epoch
     path = checkpoint.find(run.resume, run.output_dir) if run.resume else None
     if not own.exists():
         return path, start_epoch

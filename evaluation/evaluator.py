@@ -5,8 +5,8 @@ Picture i follows from the seed, i and its condition alone.
 
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +49,8 @@ def evaluate(
         if batch is None:
             break
         if folder:
-            save_pictures(folder, *batch, digits=6)
+            with warned(folder):
+                save_pictures(folder, *batch, digits=6)
         before = time.perf_counter()
         for measure in measures:
             measure.add(*batch)
@@ -108,11 +109,12 @@ class Evaluator:
         with self.state.drawing(point.weights):
             figures, seconds = evaluate(replace(self.painter, sampler=point.sampler), self.y_of, subjects, self.measures, folder)
         record = Record(figures, point.setting, self._made(subjects, seconds))
-        if dist.is_main():
-            write_record(path, record)
-            if folder:
-                write_list(folder, subjects.captions or subjects.conditions.tolist())
         say(f"{record.line()}  {path.name}{f', pictures in {folder}' if folder else ''}")
+        if dist.is_main():
+            with warned(path):
+                write_record(path, record)
+                if folder:
+                    write_list(folder, subjects.captions or subjects.conditions.tolist())
         return record
 
     def recall(self, point: Point) -> Record | None:
@@ -172,9 +174,19 @@ class Evaluator:
 def pictures_folder(path: Path) -> Path:
     """An empty folder beside a record's file, for its pictures.  Collective."""
     folder = path.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    if dist.is_main():
-        for old in folder.glob("*.png"):
-            old.unlink()
+    with warned(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if dist.is_main():
+            for old in folder.glob("*.png"):
+                old.unlink()
     dist.barrier()
     return folder
+
+
+@contextmanager
+def warned(path: Path) -> Iterator[None]:
+    """A full disk costs what was to be written, and not the figures, nor the run that is evaluated."""
+    try:
+        yield
+    except OSError as error:
+        say(f"warning: {path} cannot be written ({error.strerror})")

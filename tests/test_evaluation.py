@@ -366,7 +366,7 @@ def test_prepare_ref_makes_the_statistics_of_either_kind_of_data(text_data, clas
 # --- networks
 
 
-def test_weights_are_looked_for_before_anything_else(text_data, llm_folder, inception_file, tmp_path, capsys):
+def test_weights_are_looked_for_before_anything_else(text_data, llm_folder, inception_file, tmp_path, monkeypatch, capsys):
     argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1)
     run(*argv, "--online_eval")  # goes on without figures, as it says
     printed = capsys.readouterr().out
@@ -375,6 +375,17 @@ def test_weights_are_looked_for_before_anything_else(text_data, llm_folder, ince
     assert printed.index("left out") < printed.index("text cache") and not (tmp_path / "out" / "eval").exists()
     run(*argv, "--online_eval", "--save_images", "--num_images", "3", "--epochs", "2", "--resume", str(tmp_path / "out"))  # the pictures alone
     assert len([*(tmp_path / "out" / "eval").glob("*/*.png")]) == 3
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:  # costs what was to be written, not the run
+        for name in ("save_pictures", "write_record"):
+            patch.setattr(f"evaluation.evaluator.{name}", lambda *args, **more: (_ for _ in ()).throw(full))
+        capsys.readouterr()
+        run(*argv, "--online_eval", "--save_images", "--num_images", "3", "--epochs", "3", "--resume", str(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert printed.count("cannot be written (No space left on device)") == 2 and printed.index("no figures  [EMA 1 at step") < printed.index(
+        ".json cannot be written"
+    )
+    assert checkpoint.load(tmp_path / "out" / checkpoint.LAST)["epoch"] == 2
 
     argv = flags("/no/data", "no/llm", tmp_path / "out", "--resume", tmp_path / "out")
     hostile = tmp_path / "hostile.pth"

@@ -19,7 +19,9 @@ from test_training import assert_same_training, flags, moved, run, weights
 from torch._utils import ExceptionWrapper
 
 import engine_jit
+import flags as command_line
 import main_jit
+import resume
 import sampling
 from datasets.captioned import CaptionedPictures
 from datasets.stream import Shuffle, StreamSampler
@@ -453,6 +455,32 @@ def test_the_same_command_goes_on_with_what_it_has_written(text_data, llm_folder
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     run(*begun)
     assert "2 of its 4 steps done" in capsys.readouterr().out
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    with pytest.raises(UserError, match="--init_from .*other: .*new.* was begun without it; go on with that without --init_from"):
+        run(*argv(tmp_path / "new", "--epochs", 4, "--init_from", tmp_path / "other"))
+
+
+def test_a_restart_by_torchrun_goes_on_with_what_was_written_since_torchrun_began_and_with_nothing_older(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    own, kept = out / checkpoint.LAST, out / "checkpoint-100.pth"
+    own.touch(), kept.touch()
+
+    def beginning(*argv):
+        return resume.beginning(command_line.parse(["--output_dir", str(out), *map(str, argv)]))
+
+    ways = {("--resume", out, "--start_epoch", 2): (own, 2), ("--init_from", "x.pth", "--start_epoch", 2): (own, 2), ("--resume", kept): (kept, None)}
+    assert {argv: beginning(*argv) for argv in ways} == ways
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert {argv: beginning(*argv) for argv in [*ways, ()]} == dict.fromkeys([*ways, ()], (own, None))
+    os.utime(own, (0, 0))
+    assert {argv: beginning(*argv) for argv in ways} == ways
+    with pytest.raises(UserError, match="is there already; go on with it by --resume"):
+        beginning()
+    waiting, now = subprocess.Popen(["sleep", "60"]), time.time()
+    monkeypatch.setattr(os, "getppid", lambda: waiting.pid)
+    assert abs(dist.torchrun_began() - now) < 2
+    waiting.kill()
 
 
 def test_within_an_epoch_the_data_must_be_the_same(tmp_path, llm_folder, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,15 @@ def init(device: str) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=ALONE, device_id=place if on_gpu else None)
     return place
+
+
+def torchrun_began() -> float | None:
+    """When, in seconds since 1970, where torchrun has started this process again; None where it has not."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    _, _, fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")  # proc(5): the name may hold blanks
+    booted = re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.M)
+    return int(booted[1]) + int(fields.split()[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def device_of(device: str) -> torch.device:

@@ -57,9 +57,6 @@ class Spread:
     def __init__(self, name: str, shape: torch.Size, parts: list[Part]):
         self.name, self.shape, self.parts = name, shape, parts
 
-    def numel(self) -> int:
-        return self.shape.numel()
-
     def __getitem__(self, rows: slice) -> Tensor:
         if not self.shape:
             return self.parts[0].file.get_tensor(self.name)

@@ -94,7 +94,7 @@ class PartsWriter(checkpoint.Writer):
 
     def __init__(self, keep_last: int | None, device: torch.device):
         super().__init__(keep_last)
-        gpu = device.type == "cuda"
+        self.gpu = gpu = device.type == "cuda"
         self.stager = DefaultStager(StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=gpu, use_non_blocking_copy=gpu))
         self.group, self.copying = dist.group_of_cpus(), None
 
@@ -115,5 +115,7 @@ class PartsWriter(checkpoint.Writer):
     def start(self) -> None:
         state, path, numbered = self.latest
         tensors, folder = split(state, path, lambda plain: self.keep(plain, path, numbered))
+        if self.gpu:  # the stager copies on a stream of its own, and does not wait for what split has just made
+            torch.cuda.current_stream().synchronize()
         saving = dcp.async_save(tensors, storage_writer=folder, process_group=self.group, async_stager=self.stager)
         self.work, self.copying = (saving, None) if isinstance(saving, futures.Future) else (saving.upload_completion, saving.staging_completion)
