@@ -358,7 +358,7 @@ class Data(Config):
         64,
         "held_out",
         "pictures kept out of training to measure text_gap on, a hundredth of all at most; where none are, it is measured on training pictures",
-        "text_gap を測るために学習から除く画像の数（全体の 100 分の 1 まで）。0 なら学習画像で測ります",
+        "text_gap を測るために学習から除く画像の数（全体の 100 分の 1 まで）。取り分ける画像がなければ（100 枚未満のデータも含む）学習画像で測ります",
         bounds=NOT_NEGATIVE,
     )
     workers: int = flag(

@@ -3,18 +3,10 @@
 #
 #   STAGE1=recaptioned DATA=clean OUT=output/two_stages GPUS=8 bash recipes/two_stages.sh [more flags]      (these are the defaults)
 #
-# Stage 1 (STAGE1): 250,000 steps on as many densely captioned pictures as there are. Japanese data, by name, licence and size:
-#   alfredplpl/commoncatalog-cc-by-ja        CC-BY-4.0      950,000 brief captions
-#   alfredplpl/commoncatalog-cc-by-ext       CC-BY-4.0      29,999 dense ones, 310 characters on average
-#   turing-motors/Wikipedia-Vision-JA        CC-BY-SA       1 to 10 million
-#   STAIR Captions                           CC-BY-4.0      820,310 captions of 164,000 pictures of COCO
-#   llm-jp/relaion2B-en-research-safe-japanese-translation  Apache-2.0  1 to 10 billion rows: addresses, translated captions
-#   speed/WAON                               Apache-2.0     153.9 million rows: addresses of pictures, captions
-#   BLIP3o (English; to be recaptioned or translated)       36 million, in tar files
-# All but -ext have brief captions: stage 1 wants them written anew, at some 100 tokens. Licences are as the pages state them; those of the
-# pictures behind addresses are their own.
+# Stage 1 (STAGE1): 250,000 steps on as many densely captioned pictures as there are. docs/data.md lists Japanese data; BLIP3o (English, 36 million, in tar
+# files) could be translated. Most have brief captions: stage 1 wants them written anew, at some 100 tokens.
 # Stage 2 (DATA): 40,000 steps on 120,000 clean pairs at a tenth of the rate, from stage 1's EMA 1. MiniT2I took BLIP3o-60k, DALL-E 3 and
-# ShareGPT-4o pictures (English; no such set in Japanese is known here, so translate, or take -ext above); GenEval was .826 after both stages,
+# ShareGPT-4o pictures (English; no such set in Japanese is known here, so translate, or take commoncatalog-cc-by-ext of docs/data.md); GenEval was .826 after both stages,
 # .529 after the first alone, .408 after the second alone. On drawn scenes a first stage with 30 % wrong captions did harm (benchmarks/README.md): look
 # for wrong captions before anything else.
 # Epochs are those of a million pictures in stage 1 and of 120,000 in stage 2; change them in the script for other numbers, not by a flag, which both
