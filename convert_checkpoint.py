@@ -13,6 +13,7 @@ if __name__ == "__main__":
     with told_in_one_line():
         flags.parse_convert()  # before torch is imported
 
+import resume
 from config import ConvertJob
 from util import checkpoint
 from util.files import writable_folder
@@ -32,7 +33,12 @@ def convert(job: ConvertJob) -> None:
     writable_folder(out.parent, "--out")
     state = checkpoint.load(path)
     state.pop("parts", None)
-    state.pop("args", None)
+    if "job" not in state:  # a published file: its `args` say which model it is
+        state["job"] = resume.read(path).job
+    state.pop("args")
+    if "param_groups" in state.get("optimizer", {}):
+        del state["optimizer"]
+        say(f"{path}: its optimizer state is not by name (a published file?), so no run could go on with it; it is left out")
     try:
         if job.parts:
             write_parts(state, out)

@@ -25,6 +25,8 @@ from util import checkpoint, hub
 from util.logging import say
 from util.sharding import whole
 
+OF_TEXT_ENCODER = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py", "*.md", "LICENSE*", "NOTICE*"]  # of its repository on the hub
+
 
 def export(job: ExportJob) -> Path:
     """Returns: the folder.  Raises: UserError where it cannot be made."""
@@ -47,7 +49,7 @@ def export(job: ExportJob) -> Path:
     building = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(building, ignore_errors=True)
-        model = building / checkpoint.PAINTER if job.diffusers else building
+        model = building / checkpoint.PAINTER / checkpoint.IN_PAINTER if job.diffusers else building
         model.mkdir(parents=True)
         if text and job.with_text_encoder:
             text = text | bring_along(llm, text, model / TEXT_ENCODER)
@@ -78,15 +80,16 @@ def merged(job: ExportJob) -> dict[str, Tensor]:
 def drawn_with(job: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
     """What drawing takes of a run's configs; no folders of this machine."""
     found = {section: job[section] for section in ("model", "diffusion", "averages", "drawing") if section in job}
-    found["run"] = {"seed": job.get("run", {}).get("seed", 0)}
+    run = {"seed": 0} | job.get("run", {})
+    found["run"] = {name: run[name] for name in ("seed", "precision") if name in run}
     if text:
         source = job["text"]
         found["text"] = {"encoder": source["encoder"] | {"llm": text["llm"]}, "norm": source["norm"]}
     return found
 
 
-def bring_along(llm: str, text: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Copy the language model.  Returns: what identifies the copy.  Raises: UserError where it is another than the checkpoint's."""
+def bring_along(llm: str, text: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Copy the language model.  Returns: what identifies the copy, and what it is one of.  Raises: UserError where it is another than the checkpoint's."""
     if hub.is_local(text["revision"]) or Path(llm).is_dir():
         if not Path(llm).is_dir():
             raise UserError(f"the language model's folder {llm} is not there any more; say where it is by --llm_model_name")
@@ -97,9 +100,10 @@ def bring_along(llm: str, text: dict[str, Any], folder: Path) -> dict[str, str]:
         from huggingface_hub import snapshot_download
 
         with hub.in_one_line("--llm_model_name", llm):
-            whole = snapshot_download(llm, revision=text["revision"] or None, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py"])
+            whole = snapshot_download(llm, revision=text["revision"] or None, allow_patterns=OF_TEXT_ENCODER)
             shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(".*"))
-    return {"llm": TEXT_ENCODER, "revision": hub.revision_of(str(folder))}
+    named = {"llm": hub.reader_of(text), "revision": hub.named_of(text)["revision"]}
+    return {"llm": TEXT_ENCODER, "revision": hub.revision_of(str(folder)), "named": named}
 
 
 def push(folder: Path, repository: str) -> str:

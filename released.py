@@ -42,12 +42,12 @@ def read(folder: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, Any], di
     sampler = {"method": "euler", "steps": said.get("n_T", 100), "cfg_scale": GUIDANCE.get(size, 2.5)}
     job = {
         "model": {"name": f"MMJiT-{size}/{said['patch_size']}", "img_size": said["image_size"]},
-        "diffusion": {"noise_scale": 2.0, "t_eps": 0.01},  # no step of 100 is nearer to t = 1
+        "diffusion": {"noise_scale": 2.0, "t_eps": 0.05},  # in sampling, at every size
         "text": {"encoder": encoder, "norm": "none"},
         "averages": {"warmup": False},
         "drawing": {"sampler": sampler},
     }
-    text = {**encoder, "revision": "", "text_norm": "none", "width": said["txt_input_size"]}  # which revision is not said
+    text = {**encoder, "revision": "", "dtype": "fp32", "text_norm": "none", "width": said["txt_input_size"]}  # read in float32; which revision is not said
     return used(weights, said["depth_double"], folder), job, text
 
 

@@ -276,7 +276,7 @@ def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
     if own.exists() and (began := dist.torchrun_began()) and own.stat().st_mtime > began:
         return own, None
     if own.exists() and job.train.init_from:
-        say(f"going on with {own} of a run that was begun with --init_from; for a fresh start name another --output_dir")
+        say(f"going on with {own}, which was begun with --init_from {job.train.init_from}; for a fresh start name another --output_dir")
         return own, start_epoch
     path = checkpoint.find(run.resume, run.output_dir) if run.resume else None
     if not own.exists():

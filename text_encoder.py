@@ -8,6 +8,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two descriptions are of features of the same language model, made in the same way, pooled or not, as far as both say it.
+    """Whether two descriptions are of features of the same language model, made in the same way, pooled or not, as far as both say it."""
+    both = [name for name in ("architecture", "layer", "tokenizer", "text_norm", "width") if name in one and name in other]
+    return same_model(one, other) and all(one[name] == other[name] for name in both)
+
+
+def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """By the revisions, of what a copy was made of too (`named`).
 
     Where revisions cannot be compared (a release says none; a commit of the hub and the hash of a folder), the last part of the name decides.
     """
-    both = [name for name in ("architecture", "layer", "tokenizer", "text_norm", "width") if name in one and name in other]
-    revisions = one.get("revision"), other.get("revision")
-    if all(revisions) and hub.is_local(revisions[0]) == hub.is_local(revisions[1]):
-        same = revisions[0] == revisions[1]
-    else:
-        same = Path(one.get("llm", "")).name == Path(other.get("llm", "")).name
-    return same and all(one[name] == other[name] for name in both)
+    pairs = list(product(*([said, hub.named_of(said)] for said in (one, other))))
+    revisions = [(a.get("revision"), b.get("revision")) for a, b in pairs]
+    compared = [a == b for a, b in revisions if a and b and hub.is_local(a) == hub.is_local(b)]
+    return any(compared or [Path(a.get("llm", "")).name == Path(b.get("llm", "")).name for a, b in pairs])
 
 
 def usual_dtype(device: torch.device) -> str:
@@ -97,6 +101,8 @@ class TextEncoder:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.bos_token or tokenizer.cls_token or tokenizer.eos_token
         if tokenizer.pad_token_id is None:
             raise UserError(f"--llm_model_name {config.llm}: the tokenizer has no padding token and no other special token to pad with")
+        ends = (tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id)  # GPT-2's kind has one token for these and for what is unknown
+        self.unknown = None if tokenizer.unk_token_id in ends else tokenizer.unk_token_id
         self.null = self.encode([""]).cpu()  # (1, width): the null condition of guidance
         self.width = self.null.shape[1]
         self.parameters = sum(p.numel() for p in self.llm.parameters())
@@ -159,8 +165,8 @@ class TextEncoder:
         unknown = torch.zeros(len(captions), dtype=torch.bool)
         for chosen in in_batches(lengths.tolist(), self.config.max_text_len, A_BATCH, most):
             ids, mask = self.tokenize([captions[i] for i in chosen])
-            if self.tokenizer.unk_token_id is not None:
-                unknown[chosen] = ((ids == self.tokenizer.unk_token_id) & (mask == 1)).any(1)
+            if self.unknown is not None:
+                unknown[chosen] = ((ids == self.unknown) & (mask == 1)).any(1)
             states = self.states(ids, mask)
             if self.config.pooling == "mean":
                 states, mask = self.pooled(states, mask)[:, None], mask[:, :1]
@@ -195,14 +201,19 @@ class LanguageModel:
             self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision, trust_remote_code=config.trust_remote_code)
             puts_bos = get_tokenizer_config(name, revision=config.revision).get("add_bos_token")
         longest = getattr(self.architecture.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and config.max_text_len > longest:
-            raise UserError(f"--max_text_len {config.max_text_len} is more than {name} can read; wanted {longest} at most")
+        if longest is not None:
+            self.check_length(longest)
         self.probe = self.tokenizer(PROBE)["input_ids"]
         if puts_bos and self.tokenizer.bos_token_id is not None and self.probe[0] != self.tokenizer.bos_token_id:
             raise UserError(
                 f"--llm_model_name {name}: its tokenizer_config.json says add_bos_token, but the text starts with token {self.probe[0]} instead of "
                 f"{self.tokenizer.bos_token} ({self.tokenizer.bos_token_id}); in a copy of the folder, give tokenizer.json a post_processor that puts it there"
             )
+
+    def check_length(self, longest: int) -> None:
+        """Raises: UserError where more tokens are asked for."""
+        if self.config.max_text_len > longest:
+            raise UserError(f"--max_text_len {self.config.max_text_len} is more than {self.config.llm} can read; wanted {longest} at most")
 
     def describe(self) -> dict[str, str | int]:
         """What features depend on, as plain data for the store's manifest and the checkpoint."""
@@ -228,12 +239,23 @@ class LanguageModel:
         config, architecture = self.config, self.architecture
         alone = getattr(architecture, "is_encoder_decoder", False) and architecture.model_type in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
         kind = AutoModelForTextEncoding if alone else AutoModel  # T5's kind come without their decoder
-        dtype = DTYPES[usual_dtype(device) if config.dtype == "auto" else config.dtype]
+        options = {"is_encoder_decoder": False} if alone else {}  # T5Gemma's wants to be told
+        options["dtype"] = DTYPES[usual_dtype(device) if config.dtype == "auto" else config.dtype]
         with hub.in_one_line("--llm_model_name", config.llm):
             llm, report = kind.from_pretrained(
-                config.llm, revision=config.revision, dtype=dtype, output_loading_info=True, trust_remote_code=config.trust_remote_code
+                config.llm, revision=config.revision, output_loading_info=True, trust_remote_code=config.trust_remote_code, **options
             )
         missing = [key for key in report["missing_keys"] if "pooler" not in key]  # BERT's pooler is not used here
         if missing:
             raise UserError(f"--llm_model_name {config.llm}: {len(missing)} weights are missing from its files, first {missing[0]}")
+        if (places := places_of(llm)) is not None:
+            self.check_length(places)
         return TextEncoder(llm, self.tokenizer, config, device)
+
+
+def places_of(llm: torch.nn.Module) -> int | None:
+    """How many tokens a model of RoBERTa's kind can read: it counts places from behind the padding's.  None for the other kinds."""
+    for name, module in llm.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return None

@@ -12,10 +12,11 @@ from config import ExportJob
 from evaluation.records import TITLES
 from resume import Saved
 from util.checkpoint import PAINTER
-from util.hub import is_local, reader_of
+from util.hub import reader_of
 
 RESULTS = ".eval_results"
 OPEN = "(fill in)"
+ENGLISH = "flan-t5"  # in the names of MiniT2I's language model and its kind, which read no Japanese
 
 
 def write(folder: Path, job: ExportJob, saved: Saved, checkpoint: Path) -> None:
@@ -64,7 +65,7 @@ def facts_of(job: ExportJob, saved: Saved) -> dict[str, str]:
     return {
         "model": model["name"],
         "pictures": f"{model['img_size']} x {model['img_size']}",
-        "reads": f"captions, read by {reader_of(text)} ({tokens})" if text else "class labels",
+        "reads": f"captions{'' if is_japanese(text) else f' in {OPEN}'}, read by {reader_of(text)} ({tokens})" if text else "class labels",
         "data": f"{data_of(saved)} {OPEN}",
         "steps": f"{step:,}" if step else OPEN,
         "training": f"{step * world.effective_batch:,} pictures seen, batches of {world.effective_batch}" if world else OPEN,
@@ -75,11 +76,21 @@ def facts_of(job: ExportJob, saved: Saved) -> dict[str, str]:
     }
 
 
+def is_japanese(text: dict[str, Any]) -> bool:
+    """Whether it reads Japanese captions."""
+    return bool(text) and ENGLISH not in reader_of(text)
+
+
 def head_of(job: ExportJob, text: dict[str, Any]) -> dict[str, Any]:
-    """What the hub reads."""
+    """What the hub reads, and refuses where a language is none."""
     task = "text-to-image" if text else "unconditional-image-generation"
     head = {"license": job.licence, "library_name": "diffusers" if job.diffusers else "jit-t2i", "pipeline_tag": task, "tags": ["jit", "pixel-space"]}
-    return head | ({"language": ["ja"]} if text else {}) | ({"base_model": [text["llm"]]} if text and not is_local(text["revision"]) else {})
+    return head | ({"language": ["ja"]} if is_japanese(text) else {}) | base_of(text)
+
+
+def base_of(text: dict[str, Any]) -> dict[str, list[str]]:
+    """The language model, if it is one of the hub."""
+    return {"base_model": [reader_of(text)]} if text and "/" in reader_of(text) else {}
 
 
 def page(job: ExportJob, saved: Saved, records: dict[str, dict[str, Any]]) -> str:
@@ -93,7 +104,7 @@ def page(job: ExportJob, saved: Saved, records: dict[str, dict[str, Any]]) -> st
         "## Draw",
         "",
         "```python",
-        *example(job, bool(saved.text)),
+        *example(job, saved.text),
         "```",
         "",
     ]
@@ -105,8 +116,8 @@ def page(job: ExportJob, saved: Saved, records: dict[str, dict[str, Any]]) -> st
     return "\n".join(lines)
 
 
-def example(job: ExportJob, is_text: bool) -> list[str]:
-    prompt = '"夕焼けの海辺を走る柴犬"' if is_text else "0"
+def example(job: ExportJob, text: dict[str, Any]) -> list[str]:
+    prompt = '"夕焼けの海辺を走る柴犬"' if is_japanese(text) else '"a red cube on a blue sphere"' if text else "0"
     if job.diffusers:
         return [
             "from diffusers import DiffusionPipeline", "",

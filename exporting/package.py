@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from util.checkpoint import PAINTER
+from exported import TEXT_ENCODER
+from util.checkpoint import IN_PAINTER, PAINTER
+from util.logging import say
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = "sampling"  # what drawing is reached by
@@ -50,7 +52,7 @@ def renamed(source: str, package: str, tops: set[str]) -> str:
 
 
 def add_code(folder: Path) -> None:
-    """Into a folder that holds the model in painter/."""
+    """Into a folder that holds the model in painter/model/: of a component with weights right in it, diffusers fetches nothing else from the hub."""
     sources = needed(ENTRY)
     package = f"jit_t2i_{hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:8]}"
     tops = {name.partition(".")[0] for name in sources}
@@ -63,5 +65,8 @@ def add_code(folder: Path) -> None:
     shutil.copyfile(ROOT / "LICENSE", folder / PAINTER / package / "LICENSE")  # which it asks of copies
     shutil.copyfile(ROOT / "exporting" / "pipeline.py", folder / "pipeline.py")
     shutil.copyfile(ROOT / "exporting" / "painter.py", folder / PAINTER / "painter.py")
+    encoder = folder / PAINTER / IN_PAINTER / TEXT_ENCODER
+    if [*encoder.glob("*.bin")] and not [*encoder.glob("*.safetensors")]:
+        say("warning: the language model's weights are .bin files, which diffusers does not fetch from the hub: this folder opens from a disk alone")
     index = {"_class_name": ["pipeline", "JiTPipeline"], "_diffusers_version": "0.30.0", PAINTER: ["painter", "JiTPainter"]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

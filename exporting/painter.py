@@ -20,6 +20,7 @@ class JiTPainter:
     """Loaded at the first use, on the device of then."""
 
     def __init__(self, folder: Path):
+        """folder: with the code, and the model in model/."""
         self.folder, self.sampling, self.device, self.loaded = folder, import_package(folder), "auto", {}
 
     @classmethod
@@ -29,7 +30,7 @@ class JiTPainter:
     @property
     def painter(self):
         if self.device not in self.loaded:
-            self.loaded = {self.device: self.sampling.load_painter(self.folder, device=self.device)}
+            self.loaded = {self.device: self.sampling.load_painter(self.folder / "model", device=self.device)}
         return self.loaded[self.device]
 
     def __call__(self, prompts, seed: int = 0, **changes):

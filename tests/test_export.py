@@ -9,6 +9,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,13 +20,16 @@ from test_training import flags, run
 
 import export as program
 from datasets.transforms import to_image
+from exporting import package
 from flags import parse_export
+from page.layout import headline
 from sampling import load_painter
 from util import checkpoint
 from util.errors import UserError
 
 PROMPTS = ["赤い三", "夕焼けの海辺を走る柴犬", "富士山と桜"]
 MODELS = {"class": "JiT-Nano/8", "text": "JiT-Nano/8-Text", "tokens": "MMJiT-Nano/8"}
+PRECISION = {"class": "fp32", "text": "auto", "tokens": "bf16"}
 
 
 def export(*argv) -> Path:
@@ -33,7 +37,7 @@ def export(*argv) -> Path:
 
 
 def train(kind: str, out: Path, text_data: Path, class_data: Path, llm: Path) -> Path:
-    more = ["--epochs", 4, "--lr", "1e-2", "--cfg", "2", "--num_sampling_steps", "4", "--seed", "3"]
+    more = ["--epochs", 4, "--lr", "1e-2", "--cfg", "2", "--num_sampling_steps", "4", "--seed", "3", "--precision", PRECISION[kind]]
     if kind == "class":
         run(*map(str, ["--model", MODELS[kind], "--img_size", 16, "--class_num", 3, "--device", "cpu", "--num_workers", 0, "--batch_size", 4,
                        "--data_path", class_data, "--output_dir", out, *more]))  # fmt: skip
@@ -103,7 +107,7 @@ for folder, prompts, kind in json.loads(sys.argv[1]):
     for kind in MODELS:
         assert [(tmp_path / "elsewhere" / f"{kind}{i}.png").read_bytes() for i in range(3)] == wanted[kind]
         assert (tmp_path / "elsewhere" / f"{kind}-other.png").read_bytes() not in wanted[kind]
-        assert (tmp_path / "elsewhere" / kind / "painter" / "model.safetensors").is_file()
+        assert (tmp_path / "elsewhere" / kind / "painter" / "model" / "model.safetensors").is_file()
     assert len(list((tmp_path / "df" / "text").glob("painter/jit_t2i_*/LICENSE"))) == 1
     assert as_png(load_painter(tmp_path / "df" / "text", device="cpu")(PROMPTS, seed=3), tmp_path / "inside") == wanted["text"]
 
@@ -123,6 +127,7 @@ def test_what_is_exported_is_one_set_of_weights_and_all_settings(trained, tmp_pa
     config = json.loads((tmp_path / "raw" / "config.json").read_text(encoding="utf-8"))
     assert config["step"] == state["step"] and config["weights"] == "raw" and config["job"]["model"]["name"] == MODELS["text"]
     assert not [word for word in json.dumps(config).split('"') if word.startswith("/")]  # no folders of this machine
+    assert config["job"]["run"] == {"seed": 3, "precision": "auto"}
     half = load_file(export("--resume", trained, "--out", tmp_path / "half", "--dtype", "bf16", "--with_text_encoder") / "model.safetensors")
     assert {value.dtype for key, value in half.items() if not key.startswith("text.")} == {torch.bfloat16} and half["text.mean"].dtype == torch.float32
     assert os.path.getsize(tmp_path / "half" / "model.safetensors") < 0.52 * os.path.getsize(tmp_path / "1" / "model.safetensors")
@@ -137,6 +142,92 @@ def test_what_is_exported_is_one_set_of_weights_and_all_settings(trained, tmp_pa
         export("--resume", tmp_path / "raw", "--out", tmp_path / "again", "--with_text_encoder", "--eval_ema", "2")
     again = export("--resume", tmp_path / "raw", "--out", tmp_path / "again", "--with_text_encoder")
     assert json.loads((again / "config.json").read_text(encoding="utf-8"))["weights"] == "raw"
+
+
+def fetched_by_diffusers(folder: Path, monkeypatch) -> set[str]:
+    """What DiffusionPipeline.download asks of a repository on the hub that holds this folder."""
+    from diffusers import DiffusionPipeline
+    from diffusers.pipelines import pipeline_utils
+    from huggingface_hub.utils import filter_repo_objects
+
+    from exporting.pipeline import JiTPipeline
+
+    names, found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()], set()
+    index = folder.parent / "cache" / "model_index.json"  # the only file that is there already
+    index.parent.mkdir()
+    shutil.copy(folder / index.name, index)
+
+    def snapshot(repository, allow_patterns, ignore_patterns, **_):
+        found.update(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return folder
+
+    for name, answer in (
+        ("_resolve_revision", lambda *_, **__: "main"),
+        ("model_info", lambda *_, **__: SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])),
+        ("hf_hub_download", lambda *_, **__: str(index)),
+        ("_get_pipeline_class", lambda *_, **__: JiTPipeline),
+        ("snapshot_download", snapshot),
+    ):
+        monkeypatch.setattr(pipeline_utils, name, answer, raising=name != "_resolve_revision")
+    DiffusionPipeline.download("me/model", trust_remote_code=True)
+    return found
+
+
+def test_diffusers_fetches_from_the_hub_all_that_draws(trained, tmp_path, monkeypatch):
+    folder = export("--resume", trained, "--out", tmp_path / "df", "--diffusers", "--with_text_encoder")
+    draws = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != "README.md"}
+    assert {"pipeline.py", "painter/painter.py", "painter/model/model.safetensors", "painter/model/text_encoder/config.json"} <= draws
+    assert fetched_by_diffusers(folder, monkeypatch) == draws
+
+
+def test_folders_for_diffusers_of_before_28_november_2026_still_open(trained, tmp_path):
+    folder = export("--resume", trained, "--out", tmp_path / "df", "--diffusers", "--with_text_encoder")
+    assert checkpoint.find(str(folder), "") == folder / "painter" / "model"
+    wanted = load_painter(folder, device="cpu")(PROMPTS)
+    for path in list((folder / "painter" / "model").iterdir()):
+        path.rename(folder / "painter" / path.name)
+    assert torch.equal(load_painter(folder, device="cpu")(PROMPTS), wanted)
+
+
+def test_a_language_model_of_bin_files_is_warned_of_in_a_folder_for_diffusers(tmp_path, capsys):
+    """It ignores them where any weights are safetensors."""
+    encoder = tmp_path / "painter" / "model" / "text_encoder"
+    for names, warned in ((["pytorch_model.bin"], True), (["pytorch_model.bin", "model.safetensors"], False)):
+        encoder.mkdir(parents=True)
+        for name in names:
+            (encoder / name).touch()
+        package.add_code(tmp_path)
+        assert ("warning: the language model's weights are .bin files" in capsys.readouterr().out) == warned
+        shutil.rmtree(tmp_path / "painter")
+
+
+@pytest.fixture
+def on_the_hub(llm_folder):
+    """The language model in the hub's cache, with the files of its licence."""
+    folder = Path(os.environ["HF_HOME"], "hub", "models--llm-jp--along")
+    snapshot = folder / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    shutil.copytree(llm_folder(), snapshot)
+    for name in ("LICENSE", "NOTICE.txt", "README.md"):
+        (snapshot / name).write_text("Apache-2.0")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(snapshot.name)
+    yield "llm-jp/along"
+    shutil.rmtree(folder)
+
+
+def test_a_language_model_that_goes_along_keeps_its_name_its_licence_and_what_was_learned_of_it(on_the_hub, text_data, tmp_path):
+    common = ["--epochs", 1, "--batch_size", 8, "--max_text_len", 24]
+    run(*flags(text_data, on_the_hub, tmp_path / "out", *common))
+    folder = export("--resume", tmp_path / "out", "--out", tmp_path / "st", "--with_text_encoder")
+    assert {"LICENSE", "NOTICE.txt", "README.md"} <= {path.name for path in (folder / "text_encoder").iterdir()}
+    run(*flags(text_data, on_the_hub, tmp_path / "again", *common), "--init_from", str(folder))
+    copied = (tmp_path / "again" / "init_from.txt").read_text(encoding="utf-8").splitlines()
+    assert {"copied   y_embedder.proj.weight", "copied   y_embedder.proj.bias"} <= set(copied)
+    again = export("--resume", folder, "--out", tmp_path / "twice", "--with_text_encoder")
+    for one in (folder, again):
+        _, head, body = (one / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        assert yaml.safe_load(head)["base_model"] == [on_the_hub] and f"read by {on_the_hub} " in body and "夕焼け" in body
+        assert f"text encoder {on_the_hub}" in headline(load_painter(one, device="cpu"), one)
 
 
 def test_training_begins_with_it_and_does_not_go_on_with_it(trained, text_data, llm_folder, tmp_path):

@@ -163,6 +163,8 @@ def test_only_what_the_page_asks_for_comes_through():
     assert {status("GET", path) for path in ("/", "/assets/x.js", "/config", "/gradio_api/queue/data", "/gradio_api/file=/tmp/page/x/0000.png")} == {None}
     assert status("POST", "/gradio_api/queue/join") is None and status("POST", "/gradio_api/queue/join", str(1 << 21)) == 413
     assert status("POST", "/gradio_api/queue/join", "") == 413
+    body = [(b"content-length", b"10"), (b"transfer-encoding", b"chunked")]  # whose length is another than it says
+    assert guard.refused({"method": "POST", "path": "/gradio_api/queue/join", "headers": body}) == 413
     for path in ("file=http://a.example/x.png", "file=/etc/passwd", "proxy=http://a.example", "deep_link", "run-history/buckets", "upload"):
         assert status("GET", f"/gradio_api/{path}") == 404 and status("POST", f"/gradio_api/{path}") == 404
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import CAPTIONS, wake
 from PIL import Image
 from safetensors.torch import save_file
@@ -18,6 +19,7 @@ from flags import parse_export
 from page.layout import headline
 from sampling import load_painter
 from text_encoder import LanguageModel
+from text_features import pinned
 from util.errors import UserError
 from util.randomness import normal
 from util.text import Text
@@ -33,7 +35,7 @@ def t5_folder(tmp_path_factory):
     from demo.tiny_llm import train_tokenizer
 
     torch.manual_seed(0)
-    tokenizer, folder = train_tokenizer(CAPTIONS, vocab_size=120), tmp_path_factory.mktemp("t5")
+    tokenizer, folder = train_tokenizer(CAPTIONS, vocab_size=120), tmp_path_factory.mktemp("t5") / "flan-t5-tiny"
     config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0)
     wake(T5ForConditionalGeneration(config)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -61,14 +63,20 @@ def release(tmp_path, t5_folder):
     return folder
 
 
-def by_hand(net, states, mask, seed_numbers):
-    """Three Euler steps from noise of scale 2 under guidance of 2.5, as F2 says."""
-    z, y, null = 2 * normal(0, "sample", seed_numbers, (3, 16, 16)), Text(states, mask), Text(states, torch.zeros_like(mask))
-    for i in range(3):
-        t = torch.full((len(z),), i / 3)
-        cond, uncond = (velocity(net(z, t, text), z, t, 0.001) for text in (y, null))
-        z = SOLVERS["euler"](lambda z, t, v=uncond + 2.5 * (cond - uncond): v, z, [i / 3, (i + 1) / 3])
-    return z
+@torch.no_grad()
+def by_hand(net, t5_folder, captions, steps):
+    """Levels (B, H, W, 3) after Euler steps from noise of scale 2 under guidance of 2.5, 1 - t at least 0.05, as F2 says."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    tokenizer, t5 = AutoTokenizer.from_pretrained(t5_folder), T5EncoderModel.from_pretrained(t5_folder)
+    tokens = tokenizer(captions, return_tensors="pt", padding="max_length", truncation=True, max_length=12)
+    states, mask = t5(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state, tokens.attention_mask.bool()
+    z, y, null = 2 * normal(0, "sample", range(len(captions)), (3, 16, 16)), Text(states, mask), Text(states, torch.zeros_like(mask))
+    for i in range(steps):
+        t = torch.full((len(z),), i / steps)
+        cond, uncond = (velocity(net(z, t, text), z, t, 0.05) for text in (y, null))
+        z = SOLVERS["euler"](lambda z, t, v=uncond + 2.5 * (cond - uncond): v, z, [i / steps, (i + 1) / steps])
+    return ((z.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
 
 
 def test_a_release_draws_what_its_recipe_says(release, t5_folder, capsys):
@@ -85,22 +93,28 @@ def test_a_release_draws_what_its_recipe_says(release, t5_folder, capsys):
     said = capsys.readouterr().out
     assert "4 tensors that no picture depends on are left out" in said and "cfg 2.5 in 0-1, euler 3" in said
     drawn = np.stack([np.asarray(Image.open(release / "out" / "samples" / f"{i:04d}.png")) for i in range(len(CAPTIONS))])
-
-    from transformers import AutoTokenizer, T5EncoderModel
-
-    tokenizer, t5 = AutoTokenizer.from_pretrained(t5_folder), T5EncoderModel.from_pretrained(t5_folder)
-    tokens = tokenizer(CAPTIONS, return_tensors="pt", padding="max_length", truncation=True, max_length=12)
-    with torch.no_grad():
-        states = t5(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        wanted = by_hand(network(), states, tokens.attention_mask.bool(), range(len(CAPTIONS)))
-    wanted = ((wanted.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    wanted = by_hand(network(), t5_folder, CAPTIONS, 3)
     assert np.abs(drawn - wanted).max() <= 1 and drawn.std() > 20
     painter = load_painter(release, device="cpu")
     assert t5_folder.name in headline(painter, release)  # of the page
     exported = export.export(parse_export(["--resume", str(release), "--out", str(release / "exported"), "--with_text_encoder"]))
-    assert f"read by {t5_folder.name}" in (exported / "README.md").read_text()
+    _, head, card = (exported / "README.md").read_text().split("---\n", 2)
+    assert f"captions in (fill in), read by {t5_folder.name}" in card and 'painter(["a red cube on a blue sphere"])' in card
+    assert "language" not in yaml.safe_load(head) and "base_model" not in yaml.safe_load(head)
     assert torch.equal(load_painter(exported, device="cpu")(CAPTIONS), painter(CAPTIONS))
     assert np.abs(painter(CAPTIONS).permute(0, 2, 3, 1).numpy().astype(int) - drawn).max() <= 1
+
+
+def test_a_releases_steps_near_t_1_are_clamped_as_its_authors_clamp_them(release, t5_folder):
+    path = release / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_T": 30}))
+    drawn = load_painter(release, device="cpu")(CAPTIONS[:1]).permute(0, 2, 3, 1).numpy().astype(int)
+    assert np.abs(drawn - by_hand(network(), t5_folder, CAPTIONS[:1], 30)).max() <= 1
+
+
+def test_the_language_model_of_a_release_computes_in_float32_on_a_gpu_too(release):
+    painter = load_painter(release, device="cpu")
+    assert pinned(painter.job.text.encoder, painter.text, {}, torch.device("cuda")).dtype == "fp32"
 
 
 def test_t5_comes_without_its_decoder(t5_folder):

@@ -1,5 +1,6 @@
 """Weights, averages and optimizer shared out among processes; checkpoints that each writes its part of."""
 
+import argparse
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 import convert_checkpoint
 import export
 import main_jit
+import resume
 from flags import parse, parse_export
 from util import checkpoint
 from util import distributed as dist
@@ -187,6 +189,24 @@ def test_parts_become_one_file_and_parts_again(tmp_path, capsys):
         with pytest.raises(SystemExit):
             convert_checkpoint.main(argv)
         assert message in capsys.readouterr().err
+
+
+def test_a_published_file_opens_in_either_form_as_it_did(tmp_path, capsys):
+    """What it says by flags; its optimizer state by position is of no use to anyone."""
+    state = {name: value for name, value in plain_state().items() if name not in ("job", "step")}
+    by_position = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1.0, "params": [0]}]}
+    args = argparse.Namespace(model="JiT-B/16", img_size=256, class_num=1000, cfg=2.9, interval_min=0.1, interval_max=1.0, data_path="/theirs", seed=7)
+    torch.save(state | {"optimizer": by_position, "args": args, "epoch": 4}, tmp_path / "a.pth")
+    for argv in (["a.pth", "b.pth", "--parts"], ["a.pth", "c.pth"], ["b.pth", "d.pth"]):
+        convert_checkpoint.main(["--resume", str(tmp_path / argv[0]), "--out", str(tmp_path / argv[1]), *argv[2:]])
+    assert capsys.readouterr().out.count("optimizer state is not by name") == 2
+    theirs = resume.read(tmp_path / "a.pth")
+    assert theirs.job["model"]["name"] == "JiT-B/16" and theirs.job["averages"] == {"warmup": False}
+    for name in ("b.pth", "c.pth", "d.pth"):
+        ours = resume.read(tmp_path / name)
+        assert (ours.job, ours.progress, ours.world, ours.text, ours.optimizer) == (theirs.job, theirs.progress, None, {}, {}), name
+        for one, other in zip((ours.weights, *ours.averages), (theirs.weights, *theirs.averages)):
+            assert one.keys() == other.keys() and all(torch.equal(whole(value), other[key]) for key, value in one.items())
 
 
 def test_a_run_may_save_while_its_checkpoint_is_read(tmp_path, monkeypatch):

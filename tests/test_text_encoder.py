@@ -162,6 +162,44 @@ def test_characters_that_the_tokenizer_does_not_know_are_counted(tmp_path):
     assert encoder.encode_all(["赤三", "橙三", "紫", ""])["unknown"].tolist() == [False, True, True, False]
 
 
+def test_a_token_that_begins_every_text_is_no_unknown_character(llm_folder):
+    encoder = load_encoder(llm_folder("gpt2"))
+    encoder.tokenizer.unk_token = encoder.tokenizer.bos_token  # as GPT-2's, GPT-NeoX's and OPT's
+    again = TextEncoder(encoder.llm, encoder.tokenizer, encoder.config)
+    assert again.tokenizer.unk_token_id == again.tokenizer.bos_token_id and not again.encode_all(["", "<EOD>赤"])["unknown"].any()
+
+
+def test_t5gemma_comes_without_its_decoder(tmp_path):
+    from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
+
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=120)
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    size |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    whole = T5GemmaForConditionalGeneration(T5GemmaConfig(encoder=size, decoder=size, vocab_size=len(tokenizer))).eval()
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = load_encoder(tmp_path)
+    ids, mask = encoder.tokenize(CAPTIONS)
+    with torch.no_grad():
+        wanted = whole.model.encoder(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(encoder.states(ids, mask), wanted)
+    assert not any("decoder" in name for name, _ in encoder.llm.named_parameters())
+
+
+def test_a_model_of_robertas_kind_reads_fewer_tokens_than_it_has_places(tmp_path):
+    """It counts them from behind the padding's place."""
+    from transformers import RobertaConfig, RobertaModel
+
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=120)
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    RobertaModel(RobertaConfig(**size, max_position_embeddings=32, pad_token_id=tokenizer.pad_token_id)).save_pretrained(tmp_path)
+    longest = 32 - tokenizer.pad_token_id - 1
+    tokenizer.save_pretrained(tmp_path)
+    assert load_encoder(tmp_path, max_text_len=longest).encode(["富士山" * 50]).isfinite().all()
+    with pytest.raises(UserError, match=rf"--max_text_len {longest + 1} is more than .* wanted {longest} at most"):
+        load_encoder(tmp_path, max_text_len=longest + 1)
+
+
 def test_more_tokens_than_the_model_reads_are_refused(llm_folder):
     with pytest.raises(UserError, match=r"--max_text_len 300 .* wanted 256 at most"):
         load_encoder(llm_folder(), max_text_len=300)
@@ -276,6 +314,10 @@ def test_a_folder_is_known_by_its_content_and_a_hub_model_by_its_commit(llm_fold
         ({"revision": "sha256:0", "llm": "/models/b", "width": 16}, False),
         ({"revision": ""}, True),
         ({"revision": "", "llm": "b/c"}, False),
+        ({"revision": "sha256:0", "llm": "/x/text_encoder", "named": {"llm": "a/b", "revision": "abc"}}, True),  # a copy that went along with a model
+        ({"revision": "sha256:0", "llm": "/x/text_encoder", "named": {"llm": "a/b", "revision": "def"}}, False),
+        ({"revision": "sha256:0", "llm": "/x/text_encoder", "named": {"llm": "b", "revision": "sha256:0"}}, True),
+        ({"revision": "sha256:0", "llm": "/x/text_encoder", "named": {"llm": "a/c", "revision": ""}}, False),
     ],
 )
 def test_features_are_compared_by_what_both_sides_say(more, same):
@@ -283,3 +325,6 @@ def test_features_are_compared_by_what_both_sides_say(more, same):
     assert alike(one, one | more) == same == alike(one | more, one)
     release = {"llm": "a/b", "revision": "", "layer": "mean", "text_norm": "rms", "width": 8}  # MiniT2I's says no more
     assert alike(release, one) and not alike(release | {"llm": "b/c"}, one)
+    copy = release | {"revision": "sha256:0", "llm": "/x/text_encoder", "named": {"llm": "a/b", "revision": ""}}
+    folder = {"revision": "sha256:1", "llm": "/models/b"}  # of the same name, and another model
+    assert alike(copy, one) and alike(copy, copy) and not alike(copy, one | folder) and alike(copy, folder | {"revision": "sha256:0", "llm": "/models/c"})

@@ -28,7 +28,8 @@ from util.staging import Staging
 LAST = "checkpoint-last.pth"
 RELEASED = "transformer/config.json"  # released.py reads such folders
 EXPORTED, WEIGHTS = "config.json", "model.safetensors"  # exported.py reads such folders
-PAINTER = "painter"  # where such a folder is in one that diffusers opens
+PAINTER = "painter"  # the component of a folder that diffusers opens
+IN_PAINTER = "model"  # where such a folder is in that; before 28 November 2026 it was that itself
 PREFIX = "net."
 
 
@@ -163,7 +164,7 @@ def find(resume: str, output_dir: str, flag: str = "--resume") -> Path | None:
         return path / LAST
     if (path / RELEASED).is_file():
         return path
-    for folder in (path, path / PAINTER):
+    for folder in (path, path / PAINTER / IN_PAINTER, path / PAINTER):
         if is_exported(folder):
             return folder
     numbered = numbered_in(path)

@@ -48,9 +48,15 @@ def digest_of_weights(folder: Path) -> str:
     return "sha256:" + hashlib.sha256(b"".join(map(bytes.fromhex, parts))).hexdigest()[:32]
 
 
+def named_of(text: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`llm` and `revision` of what the language model of text features is a copy of; its own, where it is none."""
+    return text.get("named") or text
+
+
 def reader_of(text: Mapping[str, Any]) -> str:
     """What to call the language model of text features: its name on the hub, or of a folder its last part."""
-    return Path(text["llm"]).name if is_local(text["revision"]) or os.path.isdir(text["llm"]) else text["llm"]
+    llm, revision = named_of(text)["llm"], named_of(text)["revision"]
+    return Path(llm).name if is_local(revision) or os.path.isdir(llm) else llm
 
 
 def is_local(revision: str) -> bool:
