@@ -1,7 +1,6 @@
 """One epoch of training, a step and its loss."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from denoiser import Net, Objective
 from resume import Saver, TrainState
 from util import distributed as dist
 from util.broken import Broken
-from util.errors import UserError, one_line
+from util.errors import UserError
 from util.lr_sched import lr_at
 from util.muon import Muon
 from util.parallel import Parallel, to_device
@@ -153,21 +152,6 @@ def train_one_epoch(training: Training, batches: Iterator[Batch], epoch: int, fi
         if due.stop:
             break
     return due
-
-
-@contextmanager
-def loader_deaths() -> Iterator[None]:
-    """Raises: UserError where a loader's process died, or met one; torch tells of it wherever the program is, with a traceback in the words."""
-    try:
-        yield
-    except UserError as error:
-        if "in DataLoader worker" not in str(error):
-            raise
-        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"a loader process died ({one_line(error)}); if that was for want of memory, lower --num_workers") from error
 
 
 def check_skips(training: Training, position: int, lr: float) -> None:

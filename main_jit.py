@@ -30,6 +30,7 @@ from util.files import Lock, read_lines, writable_folder
 from util.logging import close_bars, say
 from util.stopping import Stop
 from util.trackers import Board
+from util.workers import loader_deaths
 
 
 def train(job: TrainJob) -> None:
@@ -59,7 +60,7 @@ def train_epochs(job: TrainJob, run: TrainingRun) -> None:
         stopped = bool(owed) and not evaluate_online(run, job)
         if stopped:
             finish(run, job)
-        with closing(batches_of(training.loader)) as batches, engine.loader_deaths():
+        with closing(batches_of(training.loader)) as batches, loader_deaths():
             for epoch in range(progress.epoch, 0 if stopped else epochs):
                 with dist.patience(dist.IN_STEPS):
                     due = engine.train_one_epoch(training, batches, epoch, progress.epoch_step if epoch == progress.epoch else 0)

@@ -7,10 +7,9 @@ its share; the last to be done writes the index.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from util.broken import too_many
 from util.errors import need_package
 from util.files import Lock, writable_folder, write_whole
 from util.logging import progress, say
-from util.stopping import in_worker
+from util.workers import in_processes
 
 
 def share() -> tuple[int, int]:
@@ -47,8 +46,9 @@ def by_processes(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
     number, count = share()
     mine = [piece for piece in pieces if piece.number % count == number]
     processes = min(len(mine), workers(job.data))
-    with get_context("fork").Pool(processes, in_worker, (0,)) if processes > 1 else nullcontext() as pool:
-        made = pool.imap_unordered(partial(make, job=job), mine) if pool else (make(piece, job) for piece in mine)
+    remedy = "if that was for want of memory, lower --num_workers; the shards that are done stay, give the command again"
+    with closing(in_processes(partial(make, job=job), mine, processes, remedy)) as done:
+        made = (number for _, number in done)
         yield from map(encoding(job), made) if job.text else made
 
 
@@ -105,8 +105,15 @@ def is_done(out: Path, piece: Piece, job: PrepareJob) -> bool:
     return shard.exists() and (not job.text or features_beside(shard).exists())
 
 
+def check_apart(out: Path, source: Path) -> None:
+    """Raises: UserError where the shards would lie within their own source, which the next call would take for data."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--out {out} lies in --data_path {source}, and its shards would be taken for data at the next call; name a folder outside of it")
+
+
 def prepare(job: PrepareJob) -> None:
     """Raises: UserError where it cannot be done."""
+    check_apart(Path(job.shards.out), Path(job.data.path))
     out = writable_folder(job.shards.out, "--out")
     pieces = pieces_of(job)
     check_made(pieces, job)
@@ -115,8 +122,8 @@ def prepare(job: PrepareJob) -> None:
     missing = [piece for piece in pieces if not is_done(out, piece, job)]
     say(f"{job.data.path}: {len(pieces):,} shards of {job.img_size} pixels, {len(missing):,} of them to be made")
     try:
-        with progress(len(missing), "shards", unit="shard") as bar:
-            for _ in ENGINES[job.shards.engine](missing, job):
+        with progress(len(missing), "shards", unit="shard") as bar, closing(ENGINES[job.shards.engine](missing, job)) as made:
+            for _ in made:
                 bar.update()
         finish(out, pieces, job)
     except OSError as error:

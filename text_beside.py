@@ -19,6 +19,7 @@ from datasets.shards import captions_of, features_beside, shard_name, text_store
 from text_encoder import TextEncoder, normalize
 from text_features import MUCH_TEXT, PinnedModel, Texts, begin_store, evenly, stored_manifest
 from util import feature_store as disk
+from util.errors import UserError
 from util.feature_store import FeatureStore
 from util.files import writable_folder
 
@@ -66,9 +67,18 @@ def write(place: Path, captions: Sequence[str], encoder: TextEncoder, manifest: 
     disk.write_shard(place, manifest, {"keys": disk.key_array(keys), **{name: values[again] for name, values in found.items()}})
 
 
+def check_captions(features: FeatureStore) -> None:
+    """Raises: UserError where a shard's features are not those of the captions that it has."""
+    for name, held in zip(features.names, features.shards):
+        shard = (features.folder.parent / name).with_suffix(".tar")
+        if not np.array_equal(held["keys"], disk.key_array(disk.keys_of(map(normalize, captions_of(shard))))):
+            raise UserError(f"{features.folder / name} holds the features of other captions than {shard.name} has; delete it, and give the command again")
+
+
 def statistics(beside: Beside) -> dict[str, Tensor]:
-    """Mean and std of a fixed sample of the captions.  Raises: UserError for features that are damaged."""
+    """Mean and std of a fixed sample of the captions.  Raises: UserError for features that are damaged, or of other captions."""
     features = FeatureStore(beside.folder, beside.names, beside.counts)
+    check_captions(features)
     sample = beside[evenly(len(beside), MUCH_TEXT)]
     norm = FeatureNorm.of((features(sample[start : start + 1024]) for start in range(0, len(sample), 1024)), features.width)
     return {"mean": norm.mean, "std": norm.std}

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from datasets.captioned import Rows, several
-from datasets.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, column, open_parquet
+from datasets.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, column, no_parquet, open_parquet
 from util.errors import UserError
 from util.logging import say
 
@@ -62,7 +62,7 @@ def find_pictures(tables: Sequence[Path], image_column: str | None, caption_colu
         for number in range(file.num_row_groups):
             groups.append((str(table), number, columns.image, columns.inside))
             sizes.append(file.metadata.row_group(number).num_rows)
-        for number, (caption, path) in enumerate(captions_and_paths(file, columns), 1):
+        for number, (caption, path) in enumerate(captions_and_paths(table, file, columns), 1):
             at += 1
             try:
                 lines = several(caption)
@@ -80,13 +80,16 @@ def find_pictures(tables: Sequence[Path], image_column: str | None, caption_colu
     return found
 
 
-def captions_and_paths(file: Any, columns: Columns) -> Iterator[tuple[Any, str | None]]:
-    """Of each row."""
+def captions_and_paths(table: Path, file: Any, columns: Columns) -> Iterator[tuple[Any, str | None]]:
+    """Of each row.  Raises: UserError where they are damaged."""
     names = [columns.caption, *([f"{columns.image}.path"] if columns.has_path else [])]
-    for batch in file.iter_batches(columns=names, use_threads=False):
-        captions = batch.column(columns.caption).to_pylist()
-        paths = batch.column(columns.image).field("path").to_pylist() if columns.has_path else [None] * len(captions)
-        yield from zip(captions, paths)
+    try:
+        for batch in file.iter_batches(columns=names, use_threads=False):
+            captions = batch.column(columns.caption).to_pylist()
+            paths = batch.column(columns.image).field("path").to_pylist() if columns.has_path else [None] * len(captions)
+            yield from zip(captions, paths)
+    except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
+        raise no_parquet(table, error) from error
 
 
 class Pictures:

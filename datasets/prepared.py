@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +22,7 @@ from datasets.captioned import CaptionedPictures
 from datasets.shards import VERSION, Making, MappedStrings, features_beside, read_facts, text_store
 from datasets.stream import View
 from datasets.tar import Pictures
-from datasets.transforms import to_uint8
+from datasets.transforms import open_picture, to_uint8
 from util.errors import UserError, one_line
 
 INDEX, FACTS, TEXT_STATISTICS = "index", "facts.json", "text_statistics.safetensors"
@@ -37,10 +37,12 @@ def build_index(
     statistics: of the captions' features, where each shard has them beside it.
     Returns: what it says of them.  Raises: UserError, OSError.
     """
+    seen = Duplicates(shards)
+    if not len(seen.first):
+        raise nothing_left(out, shards, making)
     part = out / f".{INDEX}.tmp"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
-    seen = Duplicates(out, shards)
     counts = {"pictures": 0, "captions": 0, "duplicates": 0, "left_out": 0}
     names, made, indexed, fingerprint = [], [], [], hashlib.sha256()
     with (
@@ -87,10 +89,21 @@ def left_out(facts: dict[str, Any]) -> int:
     return len(facts["left_out"]) if "left_out" in facts else len(facts["broken"]) + facts["too_small"]  # the first: shards of before 27 November 2026
 
 
+def nothing_left(out: Path, shards: Sequence[Path], making: Making) -> UserError:
+    """Why shards hold no picture."""
+    facts = [read_facts(shard, only=())[0] for shard in shards]
+    small = sum(one.get("too_small", 0) for one in facts)
+    broken = sum(map(left_out, facts)) - small
+    return UserError(
+        f"--out {out}: no picture is left; {broken:,} cannot be used (bad_images.txt there lists them), {small:,} are smaller than --min_size {making.min_size}. "
+        "Mend the data or lower --min_size, and name another --out"
+    )
+
+
 class Duplicates:
     """Which pictures are the file of one before."""
 
-    def __init__(self, out: Path, shards: Sequence[Path]):
+    def __init__(self, shards: Sequence[Path]):
         hashes = [read_facts(shard, ["hashes"])[1]["hashes"] for shard in shards]
         self.starts = np.cumsum([0, *map(len, hashes)])
         self.first = np.zeros(self.starts[-1], dtype=bool)
@@ -167,7 +180,7 @@ class Names(Sequence):
 
 
 def is_prepared(path: Path) -> bool:
-    return (path / INDEX / FACTS).is_file()
+    return os.path.isfile(path / INDEX / FACTS)  # not, where the folder may not be entered
 
 
 class PreparedPictures(CaptionedPictures):
@@ -198,7 +211,7 @@ class PreparedPictures(CaptionedPictures):
     def picture(self, index: int, n: int | None = None) -> Tensor:
         """As it lies there, where that is all that is asked for."""
         if self.img_size == self.facts["making"]["img_size"] and (n is None or self.view.crop == "center"):
-            return to_uint8(Image.open(self.file(index)))
+            return to_uint8(open_picture(self.file(index)))
         return super().picture(index, n)
 
     def fingerprint(self, root: str | Path) -> str:

@@ -53,6 +53,7 @@ def prepare_shard(out: Path, number: int, rows: Rows, which: range, made: "Made"
     """The shard of those rows; it is done where its name is there.  Raises: OSError; UserError for what is broken, if that is asked for."""
     shard = out / shard_name(number)
     if not shard.exists():
+        features_beside(shard).unlink(missing_ok=True)  # of a shard that was here before, and other captions
         made.lack(rows.bad)
         write_whole(shard.with_suffix(".tar.part"), partial(made.write, rows=rows, which=which), shared=True)
         write_whole(facts_beside(shard), lambda file: file.write(made.facts()), shared=True)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from datasets.imagenet import ClassFolder
 from datasets.parquet import find_pictures, holds_pictures
 from datasets.prepared import PreparedPictures, is_prepared
 from datasets.stream import Batch, BlockShuffle, Collate, PictureDataset, Shuffle, StreamSampler, View
-from datasets.tables import SUFFIXES, find_rows
+from datasets.tables import SUFFIXES, find_rows, is_folder
 from datasets.tar import find_samples
 from datasets.text_image import EXTENSIONS, find_pairs
 from util import broken
@@ -23,7 +24,7 @@ from util.errors import UserError
 from util.files import beside
 from util.logging import say
 from util.randomness import stream
-from util.stopping import in_worker, start_method
+from util.workers import in_worker, start_method
 
 
 def open_data(data: Data, model: Model, seed: int) -> PictureDataset:
@@ -38,7 +39,7 @@ def open_data(data: Data, model: Model, seed: int) -> PictureDataset:
 
 def open_pictures(data: Data, img_size: int) -> PictureDataset:
     """For pictures alone: class folders where there is train/, else captioned pictures.  Collective."""
-    if (Path(data.path) / "train").is_dir():
+    if os.path.isdir(Path(data.path) / "train"):  # not, where the folder may not be entered
         return ClassFolder(data.path, None, View(img_size))
     return open_captioned(data, View(img_size))
 
@@ -109,19 +110,35 @@ def packed_in(path: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {".tar": [], ".parquet": []}
     folders, files = [path] if path.is_dir() else [], [] if path.is_dir() else [path]
     for folder in folders:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if not entry.is_dir():
-                    files += [Path(entry.path)] if entry.name.lower().endswith((*found,)) else []
-                elif folder == path and entry.name not in ("images", "captions", "train"):
-                    folders.append(Path(entry.path))
+        for entry in entries_of(folder, needed=folder == path):
+            if entry.name.startswith("."):
+                continue
+            if not is_folder(entry):
+                files += [Path(entry.path)] if entry.name.lower().endswith((*found,)) else []
+            elif folder == path and entry.name not in ("images", "captions", "train"):
+                folders.append(Path(entry.path))
     for file in sorted(files):
         found.get(file.suffix.lower(), []).append(file)
     shards = {shard.with_suffix("") for shard in found[".tar"]}
     found[".parquet"] = [table for table in found[".parquet"] if table.with_suffix("") not in shards and table.stem != "metadata"]
     return found
+
+
+def entries_of(folder: Path, needed: bool) -> Iterator[os.DirEntry]:
+    """Raises: UserError where a folder that is needed may not be read; any other one is passed over."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        if needed:
+            raise UserError(f"--data_path {folder} cannot be read: {error.strerror}") from error
+        warn_once(f"warning: {folder} cannot be read ({error.strerror}), and what is in it is left out")
+
+
+@lru_cache
+def warn_once(line: str) -> None:
+    """A folder is listed more than once."""
+    say(line)
 
 
 def open_table(path: Path, data: Data) -> Rows:

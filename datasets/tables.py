@@ -62,7 +62,7 @@ def read_table(table: Path) -> list[Row]:
     except UserError:
         raise
     except (OSError, ValueError, csv.Error, KeyError, TypeError) as error:
-        raise UserError(f"--data_path {table} cannot be read: {error}") from error
+        raise UserError(f"--data_path {table} cannot be read: {one_line(error)}") from error
 
 
 def read_jsonl(table: Path) -> Iterator[Row]:
@@ -106,7 +106,11 @@ def open_parquet(table: Path, **options: bool):
     try:
         return ParquetFile(table, **options)
     except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
-        raise UserError(f"--data_path {table} cannot be read as Parquet ({one_line(error)}); is it whole, and no pointer of git-lfs?") from error
+        raise no_parquet(table, error) from error
+
+
+def no_parquet(table: Path, error: Exception) -> UserError:
+    return UserError(f"--data_path {table} cannot be read as Parquet ({one_line(error)}); is it whole, and no pointer of git-lfs?")
 
 
 def read_parquet(table: Path) -> Iterator[Row]:
@@ -120,11 +124,24 @@ READERS = dict(zip(SUFFIXES, (read_jsonl, read_csv, read_json, read_parquet)))
 # Where the files are.
 
 
+def is_folder(entry: os.DirEntry) -> bool:
+    """A link that leads nowhere, or to itself, is none."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
+def is_file(entry: os.DirEntry) -> bool:
+    """As is_folder."""
+    return entry.is_file(follow_symlinks=False) or (entry.is_symlink() and os.path.isfile(entry.path))
+
+
 class Files:
     """Which files there are below a folder, listed a folder at a time: a look at each file would take minutes for millions."""
 
     def __init__(self, root: Path):
-        self.root, self.listed, self.seen, self.twins = root, {}, set(), 0
+        self.root, self.seen, self.twins = root, set(), 0
+        self.listed: dict[str, dict[str, tuple[str, tuple[int, int]]]] = {}
+        self.folders: dict[str, dict[str, str]] = {}  # in each folder: NFC name -> name
+        self.actual: dict[str, str] = {}  # how a folder of a table is written on the disk
 
     def entries(self, folder: str) -> dict[str, tuple[str, tuple[int, int]]]:
         """NFC name -> name, and what tells the file from others; macOS writes 'が' as two characters."""
@@ -132,19 +149,36 @@ class Files:
             try:
                 device = os.stat(folder).st_dev
                 with os.scandir(folder) as found:
-                    self.listed[folder] = {unicodedata.normalize("NFC", one.name): (one.name, (device, one.inode())) for one in found if one.is_file()}
+                    self.listed[folder] = {unicodedata.normalize("NFC", one.name): (one.name, (device, one.inode())) for one in found if is_file(one)}
             except OSError:
                 self.listed[folder] = {}
         return self.listed[folder]
+
+    def folder(self, name: str) -> str:
+        """The folder of that name, or else that of the same name in NFC, part by part."""
+        if name not in self.actual:
+            above, base = os.path.split(name)
+            self.actual[name] = name if os.path.isdir(name) or not base else self.inside(self.folder(above), base)
+        return self.actual[name]
+
+    def inside(self, above: str, base: str) -> str:
+        if above not in self.folders:
+            try:
+                with os.scandir(above or ".") as found:
+                    self.folders[above] = {unicodedata.normalize("NFC", one.name): one.name for one in found if is_folder(one)}
+            except OSError:
+                self.folders[above] = {}
+        return os.path.join(above, self.folders[above].get(unicodedata.normalize("NFC", base), base))
 
     def find(self, name: object) -> str:
         """The path of the file of that name.  Raises: ValueError where there is none."""
         if not isinstance(name, str) or not name:
             raise ValueError("no picture is named")
-        folder, base = os.path.split(os.path.join(self.root, name))
+        asked, base = os.path.split(os.path.join(self.root, name))
+        folder = self.folder(asked)
         actual, identity = self.entries(folder).get(unicodedata.normalize("NFC", base), (None, None))
         if actual is None:
-            raise ValueError(f"no file {os.path.join(folder, base)}")
+            raise ValueError(f"no file {os.path.join(asked, base)}")
         self.twins += identity in self.seen
         self.seen.add(identity)
         return os.path.join(folder, actual)

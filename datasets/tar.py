@@ -10,8 +10,8 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
-from multiprocessing import get_context
+from contextlib import closing
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,7 +23,7 @@ from util import distributed as dist
 from util.errors import UserError
 from util.files import write_whole
 from util.logging import progress, say
-from util.stopping import in_worker
+from util.workers import in_processes
 
 VERSION = 1
 TAIL = 256  # bytes at the end of a picture that, with its size, tell it from others
@@ -110,10 +110,10 @@ def index_missing(shards: Sequence[Path], caption_column: str | None, folder: Pa
     if wanted:
         say(f"{len(wanted)} of {len(shards)} tar files are indexed once, in {folder}")
         mine = wanted[dist.rank() :: dist.world_size()]
-        facts = [facts_of(shards[number], caption_column) for number in mine]  # of before: a shard may still be written to
-        with progress(len(mine), "index", unit="file") as bar:
-            for number, known, index in zip(mine, facts, make_indices([shards[number] for number in mine], caption_column)):
-                if not keep(kept_at(folder, shards[number]), index, known):
+        facts = {number: facts_of(shards[number], caption_column) for number in mine}  # of before: a shard may still be written to
+        with progress(len(mine), "index", unit="file") as bar, closing(make_indices(shards, mine, caption_column)) as made:
+            for number, index in made:
+                if not keep(kept_at(folder, shards[number]), index, facts[number]):
                     unkept[number] = index
                 bar.update()
     if any(found := dist.gather_objects(unkept)):
@@ -165,15 +165,11 @@ def keep(path: Path, index: Index, facts: list) -> bool:
     return True
 
 
-def make_indices(shards: Sequence[Path], caption_column: str | None) -> Iterator[Index]:
-    """In as many processes as this rank has cores."""
-    count = min(len(shards), len(os.sched_getaffinity(0)) // dist.local_world_size())
-    make = partial(make_index, caption_column=caption_column)
-    if count < 2:
-        yield from map(make, shards)
-        return
-    with get_context("fork").Pool(count, in_worker, (0,)) as pool:  # signals are the run's matter
-        yield from pool.imap(make, shards)
+def make_indices(shards: Sequence[Path], numbers: Sequence[int], caption_column: str | None) -> Iterator[tuple[int, Index]]:
+    """Of the shards of those numbers, as they are done, by as many processes as this rank has cores."""
+    count = min(len(numbers), len(os.sched_getaffinity(0)) // dist.local_world_size())
+    remedy = "tar files that are indexed stay so: give the command again, with more memory if that was wanting"
+    return in_processes(lambda number: make_index(shards[number], caption_column), numbers, count, remedy)
 
 
 def make_index(shard: Path, caption_column: str | None) -> Index:

@@ -1,6 +1,8 @@
 """A folder with images/ (.jpg .jpeg .png .webp, any depth) and captions/ (.txt, UTF-8, same relative name); a line of a caption file is one caption."""
 
+import os
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 from datasets.captioned import Rows, not_utf8
@@ -15,11 +17,28 @@ def files_below(folder: Path, extensions: set[str]) -> dict[str, list[Path]]:
     Names are compared in NFC: macOS writes 'が' as two characters.
     """
     found: dict[str, list[Path]] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(names_below(folder)):
         if path.suffix.lower() in extensions and not path.name.startswith(".") and path.is_file():
             name = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix())
             found.setdefault(name, []).append(path)
     return found
+
+
+def names_below(folder: Path) -> Iterator[Path]:
+    """Of all but folders, at any depth, through links to folders too; a link to a folder that it lies in is not followed: it would lead round for ever."""
+    above: dict[str, set[tuple[int, int]]] = {str(folder): {identity(folder)}}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        way = above.pop(place)
+        inside = {name: identity(os.path.join(place, name)) for name in folders}
+        folders[:] = [name for name in folders if inside[name] not in way]
+        above |= {os.path.join(place, name): way | {inside[name]} for name in folders}
+        yield from (Path(place, name) for name in names)
+
+
+def identity(path: str | Path) -> tuple[int, int]:
+    """What tells a folder from others, whatever it is called."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def read_captions(path: Path) -> tuple[str, ...]:

@@ -6,14 +6,44 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+ORIENTATION = 0x0112  # of EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MOST_PIXELS = 1 << 26  # that a picture is enlarged to as a whole: 0.3 GB
+
+
+def open_picture(path: str | BinaryIO) -> Image.Image:
+    """As Pillow opens it.  Raises: what Pillow does; its words for what is no picture hold a stream's address, and these are the same each time."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(f"cannot identify image file{f' {path!r}' if isinstance(path, str) else ''}") from None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says.  Only the orientation is read: the rest may be damaged, and the picture good."""
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # damaged from the start, which Pillow tells by nearly anything
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def open_rgb(path: str | BinaryIO) -> Image.Image:
     """An RGB picture: turned upright by its EXIF tag, transparency laid on white."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+    with open_picture(path) as file:
+        image = upright(file)
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
             image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
         if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
@@ -22,27 +52,34 @@ def open_rgb(path: str | BinaryIO) -> Image.Image:
         return image.convert("RGB")
 
 
-def shrink(image: Image.Image, short: int) -> Image.Image:
-    """Halve by box filter while the short side is at least twice `short`, then bring it to that by bicubic."""
+def shrink(image: Image.Image, short: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Halve by box filter while the short side is at least twice `short`.  Returns: that, and the size that bicubic is to bring it to, of that short side."""
     while min(image.size) >= 2 * short:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = short / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return image, (round(image.width * scale), round(image.height * scale))
+
+
+def cut(image: Image.Image, whole: tuple[int, int], corner: tuple[int, int], size: int) -> Image.Image:
+    """The square from that corner on of a picture brought to the size `whole`; where that is very long, the square alone is made."""
+    (left, top), (width, height) = corner, whole
+    if width * height <= MOST_PIXELS:
+        return image.resize(whole, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    across, down = image.width / width, image.height / height
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left * across, top * down, (left + size) * across, (top + size) * down))
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop (arXiv:2105.05233), which the published FID statistics were made with: the middle of the shrunk picture."""
-    image = shrink(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    image, (width, height) = shrink(image, size)
+    return cut(image, (width, height), ((width - size) // 2, (height - size) // 2), size)
 
 
 def random_crop(image: Image.Image, size: int, draws: Sequence[float]) -> Image.Image:
     """ADM's random crop: the short side comes to between `size` and size / 0.8, and a square is cut anywhere.  draws: three numbers in [0, 1)."""
     scale, left, top = draws
-    image = shrink(image, size + int(scale * (math.ceil(size / 0.8) - size + 1)))
-    left, top = int(left * (image.width - size + 1)), int(top * (image.height - size + 1))
-    return image.crop((left, top, left + size, top + size))
+    image, (width, height) = shrink(image, size + int(scale * (math.ceil(size / 0.8) - size + 1)))
+    return cut(image, (width, height), (int(left * (width - size + 1)), int(top * (height - size + 1))), size)
 
 
 def to_uint8(image: Image.Image) -> Tensor:

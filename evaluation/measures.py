@@ -16,6 +16,7 @@ from util import metrics
 from util.extractors import Clip, Extractor
 from util.randomness import stream
 from util.reference import Reference
+from util.workers import loader_deaths
 
 OTHERS = 99  # captions that R-precision puts beside a picture's own
 
@@ -94,8 +95,9 @@ class Manifold:
         if self.count not in self.real:
             real = metrics.NumberedRows()
             chosen = [spread(i, len(self.dataset), self.count) for i in range(self.count)]
-            for places, pictures in read_pictures(self.dataset, chosen, self.num_workers):
-                real.add(places, self.extractor(pictures)[0])
+            with loader_deaths():
+                for places, pictures in read_pictures(self.dataset, chosen, self.num_workers):
+                    real.add(places, self.extractor(pictures)[0])
             self.real[self.count] = real.in_order()
         self.drawn = metrics.NumberedRows()
 

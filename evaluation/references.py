@@ -16,7 +16,7 @@ from util.errors import UserError
 from util.extractors import AT_A_TIME, Extractor, on_device
 from util.files import beside, writable_folder
 from util.logging import progress, say
-from util.stopping import in_worker, start_method
+from util.workers import in_worker, loader_deaths, start_method
 
 
 def spread(i: int, size: int, count: int) -> int:
@@ -49,14 +49,17 @@ def _stacked(rows: list[tuple[int, Tensor | None]]) -> tuple[int, list[int], Ten
 
 
 def read_pictures(dataset: PictureDataset, chosen: Sequence[int], num_workers: int) -> Iterator[tuple[list[int], Tensor]]:
-    """This rank's share of the pictures `chosen`: their places in it, and (B, 3, H, W) uint8; broken ones are left out."""
+    """This rank's share of the pictures `chosen`: their places in it, and (B, 3, H, W) uint8; broken ones are left out.
+
+    Raises: UserError where a process died; callers read within `loader_deaths` too, since torch may tell of it while they compute.
+    """
     share = _Share(dataset, chosen)
     generator = torch.Generator()  # or the loader would draw from the one that training may use
     start = start_method(num_workers)
     loader = DataLoader(
         share, AT_A_TIME, num_workers=num_workers, collate_fn=_stacked, generator=generator, worker_init_fn=in_worker, multiprocessing_context=start
     )
-    with progress(len(share), "reference", unit="picture") as bar:
+    with progress(len(share), "reference", unit="picture") as bar, loader_deaths():
         for count, places, pictures in loader:
             if places:
                 yield places, pictures
@@ -99,7 +102,7 @@ def make_reference(dataset: PictureDataset, root: str, extractor: Extractor, pat
         writable_folder(path.parent, "reference statistics:")
     say(f"reference statistics of {len(dataset)} pictures, made once, kept in {path}")
     moments = metrics.Moments()
-    with on_device([extractor]):
+    with on_device([extractor]), loader_deaths():
         for _, pictures in read_pictures(dataset, range(len(dataset)), num_workers):
             moments.add(extractor(pictures)[0])
     values, count = moments.statistics()

@@ -1,17 +1,26 @@
 """Folders to samples: pairs, errors, the crop, broken files, and the stream of samples."""
 
+import io
+import os
+import signal
+import struct
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from conftest import CAPTIONS, open_text
-from PIL import Image
+from conftest import CAPTIONS, child, ended, open_text
+from PIL import Image, ImageOps, PngImagePlugin
 
 from config import Data, DiffusionConfig
+from datasets import transforms
 from datasets.imagenet import ClassFolder
 from datasets.source import hold_out, workers
-from datasets.stream import Collate, PackedStrings, Shuffle, StreamSampler, View
-from datasets.transforms import center_crop, open_rgb, to_uint8
+from datasets.stream import Collate, PackedStrings, PictureDataset, Shuffle, StreamSampler, View
+from datasets.text_image import names_below
+from datasets.transforms import center_crop, open_rgb, random_crop, to_uint8
 from denoiser import sample_time
+from evaluation.references import read_pictures
 from util.errors import UserError
 from util.randomness import stream
 
@@ -29,6 +38,26 @@ def test_pairs_of_any_depth_case_and_extension(tmp_path):
     assert data.distinct_captions() == ["一行目", "二行目"]
     assert {data.condition(1, n) for n in range(20)} == {2, 3}  # numbers of picture 1's lines
     assert [data.condition(0, n) for n in range(20)] == [data.condition(0, n) for n in range(20)]
+
+
+def test_folders_behind_links_are_part_of_the_data_and_links_in_a_circle_end(text_data, tmp_path):
+    for name in ("images", "captions"):
+        (text_data / name).rename(tmp_path / name)
+        (text_data / name).mkdir()
+        (text_data / name / "linked").symlink_to(tmp_path / name)
+        (tmp_path / name / "round").symlink_to(text_data / name)
+        (tmp_path / name / "itself").symlink_to(tmp_path / name / "itself")
+        (tmp_path / name / "nowhere").symlink_to(tmp_path / "nothing")
+    data = open_text(text_data)
+    assert [Path(path).relative_to(text_data).as_posix() for path in data.paths] == [f"images/linked/{i}.png" for i in range(8)]
+    assert [*data.captions] == [CAPTIONS[i % len(CAPTIONS)] for i in range(8)]
+
+
+def test_files_of_a_tree_without_links_come_in_the_order_of_their_parts(tmp_path):
+    for name in ("a/b/c.png", "a/b.png", "a-b/c.png", "a.png", "a/Ω/が.png", "A/x.png", ".hidden/a.png", "a b/z.png", "a/b-c/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(names_below(tmp_path)) == [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
 
 
 def test_everything_wrong_with_a_folder_is_one_error_with_counts_and_names(text_data, capsys):
@@ -81,6 +110,37 @@ def test_center_crop_halves_by_box_then_bicubic_then_cuts_the_middle():
     assert center_crop(Image.new("RGB", (3, 9)), 16).size == (16, 16)
 
 
+def shrunk(image: Image.Image, short: int) -> Image.Image:
+    """As a whole, however long it gets."""
+    while min(image.size) >= 2 * short:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = short / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (40, 30), (33, 130), (300, 41), (16, 16), (1, 1), (1, 300), (700, 3)])
+def test_a_square_is_cut_out_of_the_whole_shrunk_picture_or_made_alone_where_that_is_too_long(size, monkeypatch):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    whole = shrunk(image, 16)
+    left, top = (whole.width - 16) // 2, (whole.height - 16) // 2
+    middle, large = whole.crop((left, top, left + 16, top + 16)), shrunk(image, 18)  # (20 - 16 + 1) * 0.5 more
+    left, top = int(0.3 * (large.width - 15)), int(0.9 * (large.height - 15))
+    anywhere = large.crop((left, top, left + 16, top + 16))
+    assert np.array_equal(center_crop(image, 16), middle) and np.array_equal(random_crop(image, 16, (0.5, 0.3, 0.9)), anywhere)
+    monkeypatch.setattr(transforms, "MOST_PIXELS", 0)
+    for alone, wanted in ((center_crop(image, 16), middle), (random_crop(image, 16, (0.5, 0.3, 0.9)), anywhere)):
+        assert np.abs(np.asarray(alone, dtype=int) - np.asarray(wanted, dtype=int)).max() <= 1
+
+
+def test_a_line_of_pixels_is_never_enlarged_as_a_whole(monkeypatch):
+    made, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest, **more: made.append(size) or resize(self, size, *rest, **more))
+    ramp = np.repeat(np.arange(20000) // 100, 3).reshape(1, -1, 3).astype(np.uint8)
+    found = np.asarray(center_crop(Image.fromarray(ramp), 256))  # 5,120,000 x 256 as a whole
+    assert found.shape == (256, 256, 3) and {99, 100} == set(found.flatten().tolist()) and made == [(256, 256)]
+    assert np.asarray(random_crop(Image.fromarray(ramp.transpose(1, 0, 2)), 256, (0.5, 0, 0.999))).min() >= 198
+
+
 def test_odd_pictures_become_rgb(tmp_path):
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
@@ -96,6 +156,33 @@ def test_odd_pictures_become_rgb(tmp_path):
         assert to_uint8(open_rgb(str(file))).shape == (3, 4, 4)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_all_eight_orientations_are_turned_upright_as_pillow_does(kind):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8))
+    shapes = set()
+    for orientation in range(10):  # 0 and 9 mean nothing
+        exif, file = image.getexif(), io.BytesIO()
+        exif[0x0112] = orientation
+        image.save(file, kind, exif=exif)
+        with Image.open(file) as opened:
+            wanted = ImageOps.exif_transpose(opened).convert("RGB")
+        assert np.array_equal(open_rgb(file), wanted)
+        shapes.add(wanted.size)
+    assert shapes == {(24, 16), (16, 24)}
+
+
+def test_damaged_exif_breaks_no_picture():
+    image = Image.new("RGB", (24, 16))
+    entries = [(0x0111, 2, 4, b"abc\0"), (0x0112, 3, 1, b"\0\x06\0\0")]  # text where a number belongs, and an orientation
+    exif = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 2) + b"".join(struct.pack(">HHI4s", *entry) for entry in entries) + bytes(4)
+    image.save(file := io.BytesIO(), "JPEG", exif=exif)
+    assert open_rgb(file).size == (16, 24)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n8\nno hexadecimal")
+    image.save(file := io.BytesIO(), "PNG", pnginfo=text)
+    assert open_rgb(file).size == (24, 16)
+
+
 def test_sixteen_bit_greys_keep_their_range(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
@@ -108,6 +195,14 @@ def test_a_broken_picture_is_replaced_and_named(text_data):
     picture, caption, n, broken = data[3, 77]
     assert torch.equal(picture, data.picture(4)) and data.captions[caption] == CAPTIONS[4] and n == 77
     assert len(broken) == 1 and "3.png" in broken[0]
+
+
+def test_what_is_no_picture_is_told_in_the_same_words_each_time(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    for file, words in ((io.BytesIO(b"no picture"), "cannot identify image file"), (str(tmp_path / "0.png"), f"cannot identify image file '{tmp_path}/0.png'")):
+        with pytest.raises(OSError) as error:
+            open_rgb(file)
+        assert str(error.value) == words  # and no address of a stream
 
 
 def test_flip_is_off_for_text_and_a_function_of_the_sample_number(text_data, class_data):
@@ -210,3 +305,13 @@ def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         found.append(workers(Data(workers=12)))
     assert found == [12, 4, 2, 1] and workers(Data(workers=0)) == 0
+
+
+def test_a_loader_process_that_dies_while_statistics_are_made_is_an_error_with_its_cause(text_data, capfd):
+    def work():
+        PictureDataset.picture = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        list(read_pictures(open_text(text_data), range(8), num_workers=1))
+
+    assert ended(child(work)) == 1
+    printed = capfd.readouterr().out
+    assert "a loader process died (DataLoader worker" in printed and "--num_workers" in printed

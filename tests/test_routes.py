@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import signal
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import open_text
+from conftest import child, ended, open_text
 from PIL import Image
 
 import datasets.tar
@@ -203,6 +204,23 @@ def test_files_are_found_by_nfc_names_in_folders_and_under_a_root(pictures, tmp_
     assert len(open_text(write_jsonl(tmp_path / "b.jsonl", [{"image": "犬/がく.png", "text": "x"}]), image_root=str(tmp_path / "写真"))) == 1
 
 
+def test_folders_are_found_by_nfc_names_too(pictures, tmp_path):
+    folders = ("データ", "ガ/ぱ")
+    for folder in folders:
+        place = tmp_path / unicodedata.normalize("NFD", folder)
+        place.mkdir(parents=True)
+        (place / "0.png").write_bytes(pictures[0])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "round").symlink_to(tmp_path / "a" / "round")
+    (tmp_path / unicodedata.normalize("NFD", "データ") / "round.png").symlink_to("round.png")
+    rows = [{"image": f"{folder}/0.png", "text": folder} for folder in (*folders, "a/../データ")]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    data = open_text(path)
+    assert [*data.captions] == [*folders, "a/../データ"] and torch.equal(data.picture(0), data.picture(1)) and torch.equal(data.picture(0), data.picture(2))
+    write_jsonl(path, [*rows * 100, {"image": "デ/ータ/0.png", "text": "x"}])
+    assert open_text(path).bad == [f"{path}, row 301: no file {tmp_path}/デ/ータ/0.png"]
+
+
 def test_a_random_crop_is_a_function_of_the_sample_and_of_adms_sizes(tmp_path):
     rng = np.random.default_rng(1)
     image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -277,6 +295,66 @@ def test_what_is_no_parquet_and_no_table_is_one_line(tmp_path):
     (tmp_path / "x.tar").symlink_to(tmp_path / "nothing")
     with pytest.raises(UserError, match="x.tar cannot be read"):
         open_text(tmp_path)
+
+
+def test_damaged_pages_of_a_parquet_file_are_one_line(pictures, tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": pictures[:9], "text": [f"{i}番" for i in range(9)]}), path)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(1)
+    content = bytearray(path.read_bytes())
+    content[column.dictionary_page_offset : column.data_page_offset + 8] = b"\xff" * (column.data_page_offset + 8 - column.dictionary_page_offset)
+    path.write_bytes(content)  # the footer is whole
+    with pytest.raises(UserError, match=r"a.parquet cannot be read as Parquet \(.+\); is it whole") as error:
+        open_text(path)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_that_may_not_be_read_are_passed_over_but_for_the_datas_own(pictures, tmp_path, monkeypatch, capsys):
+    path, _ = write("tar", tmp_path, pictures[:6])
+    (path / "lost+found").mkdir()
+    (path / "itself").symlink_to(path / "itself")
+    locked, scandir = [path / "lost+found"], os.scandir
+
+    def scan(folder):  # a test may be run by root, who may read everything
+        if Path(folder) in locked:
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert len(open_text(path)) == 6
+    assert capsys.readouterr().out.count(f"warning: {path / 'lost+found'} cannot be read (Permission denied), and what is in it is left out") == 1
+    locked.append(path)
+    with pytest.raises(UserError, match="--data_path .* cannot be read: Permission denied"):
+        open_text(path)
+
+
+def test_a_process_that_dies_while_tar_files_are_indexed_ends_the_run_in_one_line(pictures, tmp_path, monkeypatch, capfd):
+    path, _ = write("tar", tmp_path, pictures[:6])
+
+    def work():
+        signal.alarm(30)  # or it would wait for ever
+        os.sched_getaffinity = lambda _: range(2)
+        datasets.tar.samples = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        open_text(path)
+
+    assert ended(child(work)) == 1
+    assert "a process died; tar files that are indexed stay so: give the command again" in capfd.readouterr().out
+
+
+def test_tar_files_are_indexed_by_several_processes_as_by_one(pictures, tmp_path, monkeypatch):
+    found = []
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
+        path, _ = write("tar", tmp_path / str(cores), pictures[:9])
+        found.append([*open_text(path).captions])
+    assert found[0] == found[1]
+
+
+def test_a_broken_picture_within_a_file_is_told_in_the_same_words_each_time(pictures, tmp_path):
+    for route in ("tar", "parquet"):
+        path, more = write(route, tmp_path / route, [*pictures[:4], b"no picture", *pictures[5:9]])
+        (line,) = open_text(path, **more).readable(4)[2]
+        assert line.endswith(": UnidentifiedImageError: cannot identify image file")
 
 
 def test_the_start_and_the_run_agree_on_a_hundredth(pictures, tmp_path):

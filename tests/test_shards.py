@@ -1,17 +1,21 @@
 """Prepared data: shards, their index, the order of blocks, and who makes them."""
 
 import json
+import os
 import re
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_encoder, open_text, write_text_data
+from conftest import ROOT, child, ended, load_encoder, open_text, write_text_data
 from PIL import Image
 from test_training import assert_same_training, flags, run, weights
 
@@ -95,6 +99,36 @@ def test_what_is_broken_is_listed_or_ends_the_run(large_data, tmp_path, capsys):
     with pytest.raises(UserError, match=r"broken picture .*3.png: cannot identify.*; go on without such by --bad_images skip"):
         prepare(large_data, tmp_path / "error", "--bad_images", "error")
     assert sorted(path.name for path in (tmp_path / "error").iterdir()) == []
+
+
+def test_where_no_picture_is_left_the_error_says_why(large_data, llm_folder, tmp_path):
+    (large_data / "images" / "3.png").write_bytes(b"no picture")
+    for more in ([], ["--llm_model_name", llm_folder()]):
+        out = tmp_path / f"out{len(more)}"
+        with pytest.raises(UserError) as error:
+            prepare(large_data, out, "--shard_pictures", 4, "--min_size", 99, *more)
+        assert f"--out {out}: no picture is left; 1 cannot be used (bad_images.txt there lists them), 10 are smaller than --min_size 99." in str(error.value)
+        assert not (out / INDEX).exists() and "3.png" in (out / "bad_images.txt").read_text()
+
+
+def test_what_is_broken_is_told_in_the_same_words_by_whoever_makes_or_reads_a_shard(large_data, tmp_path):
+    (large_data / "images" / "3.png").write_bytes(b"no picture")
+    out = prepare(large_data, tmp_path / "out")
+    assert (out / "bad_images.txt").read_text().endswith("3.png: cannot identify image file\n")
+    data = open_text(out)
+    place = data.read.places[2]
+    with open(out / shard_name(0), "r+b") as file:
+        file.seek(place["offset"])
+        file.write(bytes(place["size"]))
+    assert data.readable(2)[2] == [f"{data.paths[2]}: UnidentifiedImageError: cannot identify image file"]
+
+
+def test_shards_within_their_own_source_are_refused_before_anything_is_made(large_data, tmp_path):
+    (tmp_path / "link").symlink_to(large_data)
+    for out in (large_data, large_data / "shards", tmp_path / "link" / "a" / "b"):
+        with pytest.raises(UserError, match=r"--out .* lies in --data_path .*; name a folder outside of it"):
+            prepare(large_data, out)
+    assert sorted(path.name for path in large_data.iterdir()) == ["captions", "images"]
 
 
 def test_samples_of_a_tar_that_cannot_be_used_count_as_broken(large_data, tmp_path):
@@ -199,6 +233,39 @@ def test_a_shard_is_whole_or_not_there(large_data, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", INDEX, "shard-000000.safetensors", "shard-000000.tar"]
 
 
+def two_cores() -> None:
+    os.sched_getaffinity = lambda _: range(2)
+
+
+def test_a_process_that_dies_ends_the_preparation_in_one_line(large_data, tmp_path, capfd):
+    def work():
+        signal.alarm(30)  # or it would wait for ever
+        two_cores()
+        Made.square = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        prepare(large_data, tmp_path / "out", "--shard_pictures", 4, "--num_workers", 2)
+
+    assert ended(child(work)) == 1
+    assert "a process died; if that was for want of memory, lower --num_workers" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_processes_that_make_shards_end_at_once_with_the_one_that_they_work_for(number, large_data, tmp_path):
+    reading, writing = os.pipe()
+
+    def work():
+        two_cores()
+        Made.square = lambda *_: os.write(writing, b"x") and time.sleep(60)
+        prepare(large_data, tmp_path / "out", "--shard_pictures", 4, "--num_workers", 2)
+
+    pid = child(work)
+    os.close(writing)
+    assert os.read(reading, 1) + os.read(reading, 1) == b"xx"  # both are at work
+    os.kill(pid, number)
+    assert ended(pid) == (70 if number == signal.SIGINT else -number)
+    assert select.select([reading], [], [], 20)[0] and os.read(reading, 1) == b""  # nobody is left who could write
+    os.close(reading)
+
+
 def test_a_run_trains_on_prepared_pictures_and_resumes_in_the_middle(text_data, llm_folder, tmp_path, monkeypatch):
     from test_survival import StopAfter
 
@@ -238,6 +305,30 @@ def test_features_lie_beside_their_pictures_in_the_order_of_the_captions(told_da
         assert features.lengths(rows).tolist() == [len(ids) for ids in encoder.token_ids(captions)]
         torch.testing.assert_close(beside.statistics["mean"][0], features(rows).mean(0), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(beside.statistics["std"][0], features(rows).std(0, correction=0), atol=1e-5, rtol=1e-4)
+
+
+def test_a_shard_that_is_made_again_gets_its_features_again(told_data, llm_folder, tmp_path):
+    llm, picture = llm_folder(), told_data / "images" / "1.png"
+    good = picture.read_bytes()
+    picture.write_bytes(b"no picture")
+    out = prepare(told_data, tmp_path / "out", "--shard_pictures", 6, "--llm_model_name", llm)
+    picture.write_bytes(good)
+    (out / shard_name(0)).unlink()
+    dataset = open_text(prepare(told_data, out, "--shard_pictures", 6, "--llm_model_name", llm))
+    features, captions = FeatureStore(dataset.beside.folder, dataset.beside.names), [*dataset.captions]
+    wanted = load_encoder(llm, layer="mean").encode(captions)
+    torch.testing.assert_close(features(dataset.beside[np.arange(len(captions))]), wanted, atol=2e-3, rtol=2e-3)
+
+
+def test_features_of_other_captions_are_not_taken_for_a_shards_own(large_data, llm_folder, tmp_path):
+    more = ["--shard_pictures", 4, "--llm_model_name", llm_folder()]
+    out = prepare(large_data, tmp_path / "out", *more)
+    one, other = (out / "text_cache" / shard_name(number).replace(".tar", ".safetensors") for number in range(2))
+    shutil.copy(other, one)  # as many
+    with pytest.raises(UserError, match=r"shard-000000.safetensors holds the features of other captions than shard-000000.tar has; delete it"):
+        prepare(large_data, out, *more)
+    one.unlink()
+    assert len(open_text(prepare(large_data, out, *more)).beside) == 11
 
 
 def test_features_are_added_to_shards_that_are_there_and_made_once(told_data, llm_folder, tmp_path, monkeypatch):

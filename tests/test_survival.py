@@ -33,6 +33,7 @@ from util.files import Lock
 from util.report import Report
 from util.staging import Staging
 from util.stopping import Stop
+from util.workers import loader_deaths
 
 
 def class_flags(data, out, *more):
@@ -722,7 +723,7 @@ def test_what_a_loader_process_says_is_one_line_too():
         raise UserError("--text_cache_dir: x.safetensors is damaged")
     except UserError:
         met = ExceptionWrapper(where="in DataLoader worker process 0")
-    with pytest.raises(UserError, match=r"^--text_cache_dir: x.safetensors is damaged$"), engine_jit.loader_deaths():
+    with pytest.raises(UserError, match=r"^--text_cache_dir: x.safetensors is damaged$"), loader_deaths():
         met.reraise()
 
 

@@ -1,8 +1,10 @@
 """EMA, learning rate, checkpoints, figures, sheet."""
 
 import argparse
+import io
 import math
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from resume import TrainState
 from util import checkpoint
 from util.ema import Ema
 from util.errors import UserError
+from util.logging import say
 from util.lr_sched import lr_at
 from util.sheet import captioned_sheet, japanese_font, save_sheet, wrap
 from util.staging import Staging
@@ -251,3 +254,10 @@ def test_without_a_font_captions_go_into_a_text_file(tmp_path, monkeypatch):
     monkeypatch.setattr("util.sheet.japanese_font", lambda: None)
     save_sheet(tmp_path / "sheet.png", [Image.new("RGB", (8, 8))], ["猫の写真"])
     assert (tmp_path / "sheet.txt").read_text(encoding="utf-8") == "猫の写真\n" and (tmp_path / "sheet.png").is_file()
+
+
+def test_a_line_is_said_whatever_the_names_in_it_are(monkeypatch):
+    for encoding, shown in (("utf-8", "写真/\\udcff.png"), ("ascii", "\\u5199\\u771f/\\udcff.png")):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))  # strict
+        say("写真/\udcff.png")  # a file's name that is not UTF-8, as Python reads it
+        assert sys.stdout.buffer.getvalue().decode(encoding) == f"{shown}\n"

@@ -12,9 +12,10 @@ OPEN_BARS: weakref.WeakSet = weakref.WeakSet()
 
 
 def say(text: str) -> None:
-    """One line on rank 0, above a progress bar if there is one."""
+    """One line on rank 0, above a progress bar if there is one; what the output cannot hold, such as a file's name that is not UTF-8, by its escapes."""
     if dist.is_main():
-        tqdm.write(text, file=sys.stdout)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
 
 

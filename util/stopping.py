@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -77,16 +76,3 @@ def watch(reading: int) -> None:
         elif now - first > ONE_PRESS:
             os._exit(128 + number[0])
     os.close(reading)
-
-
-def start_method(workers: int) -> str | None:
-    """How so many loader processes are begun: forked, where that is safe, since the other ways copy the data set into each by pickling it."""
-    return "fork" if workers and sys.platform == "linux" else None
-
-
-def in_worker(_: int = 0) -> None:
-    """For a loader's processes: they end when they are told to, and otherwise with the process that they read for."""
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,104 @@
+"""Processes that work for a run, its loader's and others: how they begin and end, and what is said of one that died."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.pool import ExceptionWithTraceback
+from typing import Any, TypeVar
+
+from util.errors import UserError, one_line
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def start_method(workers: int) -> str | None:
+    """How so many loader processes are begun: forked, where that is safe, since the other ways copy the data set into each by pickling it."""
+    return "fork" if workers and sys.platform == "linux" else None
+
+
+def in_worker(_: int = 0) -> None:
+    """For a loader's processes: they end when they are told to, and otherwise with the process that they read for."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def loader_deaths() -> Iterator[None]:
+    """Raises: UserError where a loader's process died, or met one; torch tells of it wherever the program is, with a traceback in the words."""
+    try:
+        yield
+    except UserError as error:
+        if "in DataLoader worker" not in str(error):
+            raise
+        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a loader process died ({one_line(error)}); if that was for want of memory, lower --num_workers") from error
+
+
+def in_processes(work: Callable[[Item], Result], items: Sequence[Item], count: int, remedy: str) -> Iterator[tuple[Item, Result]]:
+    """Each item with work(item), as they are done, by so many forked processes, or by this one where that is fewer than two.
+
+    The processes end with this one, however it ends, and at once where this is closed before its end. Each has a pipe of its own: a death is the end of its pipe.
+    Raises: UserError, with the remedy, where one of them died; what `work` raises.
+    """
+    if count < 2:
+        yield from ((item, work(item)) for item in items)
+        return
+    context, lifeline = get_context("fork"), os.pipe()
+    taken, processes, pipes = context.Value("q", 0), [], []
+    try:
+        for _ in range(count):
+            ours, theirs = context.Pipe(duplex=False)
+            processes.append(context.Process(target=work_on, args=(work, items, taken, theirs, lifeline), daemon=True))
+            processes[-1].start()
+            theirs.close()
+            pipes.append(ours)
+        while pipes:
+            for pipe in wait(pipes):
+                if (answer := received(pipe, remedy)) is None:
+                    pipes.remove(pipe)
+                    continue
+                number, result, error = answer
+                if error:
+                    raise error
+                yield items[number], result
+    finally:
+        os.close(lifeline[1])
+        for process in processes:
+            process.join()
+        os.close(lifeline[0])
+
+
+def received(pipe: Connection, remedy: str) -> tuple[int, Any, Exception | None] | None:
+    """What a process sent: the number of an item with its result or error, None when it is done.  Raises: UserError where it died."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):  # between answers, and within one
+        raise UserError(f"a process died; {remedy}") from None
+
+
+def work_on(work: Callable[[Item], Result], items: Sequence[Item], taken: Any, answers: Connection, lifeline: tuple[int, int]) -> None:
+    """For such a process: the next item that none has taken, until there are no more.  lifeline: a pipe that nobody can write to once it is to end."""
+    in_worker()
+    os.close(lifeline[1])
+    threading.Thread(target=lambda: os.read(lifeline[0], 1) or os._exit(1), daemon=True).start()
+    while True:
+        with taken.get_lock():
+            number, taken.value = taken.value, taken.value + 1
+        if number >= len(items):
+            answers.send(None)
+            return
+        try:
+            answer = number, work(items[number]), None
+        except Exception as error:
+            answer = number, None, ExceptionWithTraceback(error, error.__traceback__)
+        answers.send(answer)
