@@ -521,7 +521,7 @@ class Drawing(Config):
         256,
         "gen_bsz",
         "pictures drawn at a time per process; `auto`: 256, and half as many wherever the GPU's memory does not hold them",
-        "1 プロセスが一度に描く枚数。`auto` は 256 から始め、GPU のメモリに入らなければ半分にします",
+        "1 プロセスが一度に生成する枚数。`auto` は 256 から始め、GPU のメモリに入らなければ半分にします",
         bounds=AT_LEAST_1,
         auto=True,
     )
@@ -540,9 +540,9 @@ class Drawing(Config):
 
 @dataclass(frozen=True)
 class Eval(Config):
-    num_images: int = flag(50000, "num_images", "pictures of an evaluation", "評価で描く枚数", bounds=AT_LEAST_1)
+    num_images: int = flag(50000, "num_images", "pictures of an evaluation", "評価で生成する枚数", bounds=AT_LEAST_1)
     save_images: bool = flag(
-        False, "save_images", "keep an evaluation's pictures as PNG, below output_dir/eval/", "評価で描いた画像を output_dir/eval/ 以下に PNG で残します"
+        False, "save_images", "keep an evaluation's pictures as PNG, below output_dir/eval/", "評価で生成した画像を output_dir/eval/ 以下に PNG で残します"
     )
     fid_stats: str | None = flag(
         None,
@@ -562,7 +562,7 @@ class Eval(Config):
         None,
         "eval_captions",
         "captions to draw in evaluations: a UTF-8 file, one a line, or a folder of .txt",
-        "評価で描くキャプション。1 行 1 件の UTF-8 ファイル、または .txt のフォルダ",
+        "評価に使うキャプション。1 行 1 件の UTF-8 ファイル、または .txt のフォルダ",
         shown="the data's",
     )
     clip_model: str | None = flag(
@@ -619,7 +619,7 @@ class Run(Config):
         None,
         "resume",
         "checkpoint file, or folder with checkpoint-last.pth; may be output_dir itself while that is new",
-        "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ。新しい output_dir 自身でもかまいません",
+        "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ。まだチェックポイントのない output_dir 自身でもかまいません",
     )
     device: str = flag("auto", "device", "auto: a GPU where there is one", "auto は GPU があれば GPU", choices=("auto", "cuda", "cpu"))
     precision: str = flag(
@@ -736,7 +736,7 @@ class Shards(Config):
         10000,
         "shard_pictures",
         "of a shard, where the source is no tar or Parquet files",
-        "シャード 1 個の枚数（元が tar や Parquet でない場合）",
+        "シャード 1 個あたりの枚数（元が tar や Parquet でない場合）",
         bounds=AT_LEAST_1,
     )
     min_size: int = flag(0, "min_size", "leave out pictures whose short side is smaller", "短辺がこれより小さい画像を除きます", bounds=NOT_NEGATIVE)

@@ -105,13 +105,13 @@ class DrawingFlags(Config):
         False,
         "generate",
         "draw prompts with the checkpoint of --resume into output_dir/samples/ and stop",
-        "--resume のチェックポイントでプロンプトを描き、output_dir/samples/ に書いて終了します",
+        "--resume のチェックポイントでプロンプトの画像を生成し、output_dir/samples/ に保存して終了します",
     )
     prompt: tuple[str, ...] | None = flag(
         None,
         "prompt",
         "a prompt for --generate, may be given several times; a class model takes label numbers",
-        "--generate で描くプロンプト。何度でも指定できます。クラス条件モデルではラベル番号です",
+        "--generate で使うプロンプト。何度でも指定できます。クラス条件モデルではラベル番号です",
         shown="engine_jit.test_prompts",
         several="prompts",
     )
@@ -126,7 +126,7 @@ class CacheFlags(Config):
         None,
         "text_pooling",
         "one vector a caption, or the states of all its tokens",
-        "キャプションごとに 1 ベクトルか、全トークンの状態",
+        "キャプションごとに 1 ベクトルか、全トークンの隠れ状態",
         choices=("mean", "tokens"),
         shown="what --model reads",
     )
@@ -144,7 +144,7 @@ GROUPS = (
     Group("text", "テキスト", (TextFlags, TextConfig, TextSource)),
     Group("data", "データ", (Data,)),
     Group("training", "学習", (Train, Averages, DiffusionConfig)),
-    Group("sampling and evaluation", "描画と評価", (SamplerConfig, DrawingFlags, Drawing, Eval, Sweep)),
+    Group("sampling and evaluation", "生成と評価", (SamplerConfig, DrawingFlags, Drawing, Eval, Sweep)),
     Group("run", "実行", (Run, Save)),
 )
 
@@ -460,7 +460,7 @@ HEADINGS = {
     "ja": (
         "# フラグ",
         "[English](../flags.md)",
-        "既定値は学習時のものです。`--generate`、`--evaluate_gen`、`--sweep` では、指定しなかったモデル、ノイズ、テキスト、データ、描画の設定はチェックポイントの値になります。",
+        "既定値は学習時のものです。`--generate`、`--evaluate_gen`、`--sweep` では、指定しなかったモデル、ノイズ、テキスト、データ、生成の設定はチェックポイントの値になります。",
         "`config.py` と `flags.py` のフィールドから `python flags.py` で生成しています。",
     ),
 }

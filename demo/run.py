@@ -66,7 +66,7 @@ def text_gap(run: Path) -> str:
     events = EventAccumulator(str(run))
     events.Reload()
     loss, shuffled, null = (events.Scalars(f"text_gap/{name}")[-1].value for name in ("loss", "shuffled", "null"))
-    return f"is the text listened to? v-loss of held-out pictures {loss:.3f}, with each other's captions {shuffled:+.3f}, with none {null:+.3f}"
+    return f"does the model use the captions? v-loss of held-out pictures {loss:.3f}, with each other's captions {shuffled:+.3f}, with none {null:+.3f}"
 
 
 def judge_digits(judge: DigitJudge, title: str, pictures: list[Image.Image], pairs: list[Pair]) -> float:

@@ -1,4 +1,4 @@
-"""Is the text listened to?  The v-loss of fixed pictures under their own captions, under each other's, and under none."""
+"""Does the model use the captions?  The v-loss of fixed pictures under their own captions, under each other's, and under none."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
