@@ -25,7 +25,7 @@ from util.logging import say
 def serve(job: AppJob) -> None:
     """Until it is stopped.  Raises: UserError where it cannot begin."""
     need_package("gradio", "app.py", "'gradio>=6,<7'")
-    path = checkpoint.find(job.resume, "")
+    path = checkpoint.find(job.resume)
     if job.lora:
         lora.check_folder(job.lora)
     with server.listening(job.host, job.port) as place, tempfile.TemporaryDirectory(prefix="jit-page-") as folder:

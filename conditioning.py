@@ -19,7 +19,7 @@ from util.text import Embedded, PackedText, Text, Y
 
 
 class Conditions(Protocol):
-    """Labels or caption numbers, (B,) int64 -> what is y, (B, ...), once it is brought to the device by its `to`."""
+    """Labels or caption numbers, (B,) int64 -> y, (B, ...), or what becomes y by `.to(device)`."""
 
     null: Y  # y of nothing, (1, ...)
     in_loader: bool  # whether the loader's processes call it, or else the step
@@ -145,7 +145,7 @@ class LiveTokens:
 class Conditioning:
     """What training and drawing are conditioned on, and how its features were made."""
 
-    conditions: Conditions
+    y_of: Conditions
     prompts: Tensor | PackedText  # y of the prompts, a row each
     description: dict[str, Any] | None = None  # goes into the checkpoint of a text model
     width: int | None = None  # of text features

@@ -858,14 +858,9 @@ TEXT_FLAGS += ("eval_captions", "clip_model", "trust_remote_code", "data_format"
 CONFIGS = (Model, DiffusionConfig, SamplerConfig, TextConfig, TextSource, Data, Train, Averages, Save, Drawing, Eval, Sweep, Run)
 
 
-def defaults() -> dict[str, Any]:
-    """Of the flags that are a field of a config, by their names."""
-    return {known.name: config_field.default for cls in CONFIGS for config_field in fields(cls) if (known := flag_of(config_field))}
-
-
 def check_kind(model: Model, given: Mapping[str, Any]) -> None:
     """Raises: UserError for a flag of text with a class model, or the other way round."""
-    usual = defaults()
+    usual = {known.name: config_field.default for cls in CONFIGS for config_field in fields(cls) if (known := flag_of(config_field))}
     for name in ("class_num",) if model.is_text else TEXT_FLAGS:
         require(given.get(name, usual[name]) == usual[name], f"--{name} has no effect on the {'text' if model.is_text else 'class'} model {model.name}")
     require(model.is_text or not given.get("use_text_conditioning"), f"--use_text_conditioning needs a text model; try --model {model.name}-Text")

@@ -25,8 +25,8 @@ from util.sharding import whole
 
 def convert(job: ConvertJob) -> None:
     """Raises: UserError where it cannot be read or written."""
-    path, out = checkpoint.find(job.resume, ""), Path(job.out)
-    if path is None or path.is_dir():
+    path, out = checkpoint.find(job.resume), Path(job.out)
+    if path.is_dir():
         raise UserError(f"--resume {job.resume} is a model to draw with; wanted a checkpoint of a run")
     if out.exists() or out.suffix != ".pth":
         raise UserError(f"--out {out}{' is there already' if out.exists() else ''}; wanted a new name that ends in .pth")

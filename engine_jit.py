@@ -92,7 +92,7 @@ def grad_norm_of(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def take_step(state: TrainState, grad_clip: float | None, skips: Skips) -> Tensor:
-    """Clip, step, averages; weights and optimizer stay as they are where the gradient is not finite.  Returns: its length, before clipping."""
+    """Clip, step, averages; weights and optimizer stay as they are where the gradient is not finite.  Returns: the gradient's norm before clipping."""
     norm = whole(nn.utils.clip_grad_norm_(state.trained, grad_clip)) if grad_clip else grad_norm_of(state.trained)
     state.optimizer.found_inf = skips.note(norm, state.step + 1)  # what a gradient scaler would set; the fused optimizer looks at it on the device
     state.optimizer.step()
@@ -136,9 +136,8 @@ def train_one_epoch(training: Training, batches: Iterator[Batch], epoch: int, fi
         due = schedule.after(epoch, i, state.step + 1, training.stop.agreed())
         seed_step(training.seed, state.step * dist.world_size() + dist.rank(), training.device)
         loss = add_gradients(training, batches)
-        values = (
-            {"text_gap/grad_norm": grad_norm_of(state.net.y_embedder.parameters())} if due.log and training.gap and not training.config.lora_rank else {}
-        )  # before clipping
+        measured = due.log and training.gap and not training.config.lora_rank
+        values = {"text_gap/grad_norm": grad_norm_of(state.net.y_embedder.parameters())} if measured else {}  # before clipping
         training.save.settle()  # the last checkpoint may still be on its way from the GPU
         norm = take_step(state, training.config.grad_clip, training.skips)
         training.report.add(loss)

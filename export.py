@@ -30,7 +30,7 @@ OF_TEXT_ENCODER = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py
 
 def export(job: ExportJob) -> Path:
     """Returns: the folder.  Raises: UserError where it cannot be made."""
-    out, path = Path(job.out).resolve(), checkpoint.find(job.resume, "")
+    out, path = Path(job.out).resolve(), checkpoint.find(job.resume)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already; name a new folder, or empty it")
     saved = resume.read_whole(path)
@@ -95,13 +95,13 @@ def bring_along(llm: str, text: dict[str, Any], folder: Path) -> dict[str, Any]:
             raise UserError(f"the language model's folder {llm} is not there any more; say where it is by --llm_model_name")
         if hub.is_local(text["revision"]) and hub.revision_of(llm) != text["revision"]:
             raise UserError(f"--llm_model_name {llm} holds other weights than those that the model was trained with")
-        shutil.copytree(llm, folder, ignore=shutil.ignore_patterns(".*"))
+        source = llm
     else:
         from huggingface_hub import snapshot_download
 
         with hub.in_one_line("--llm_model_name", llm):
-            whole = snapshot_download(llm, revision=text["revision"] or None, allow_patterns=OF_TEXT_ENCODER)
-            shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(".*"))
+            source = snapshot_download(llm, revision=text["revision"] or None, allow_patterns=OF_TEXT_ENCODER)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".*"))
     named = {"llm": hub.reader_of(text), "revision": hub.named_of(text)["revision"]}
     return {"llm": TEXT_ENCODER, "revision": hub.revision_of(str(folder)), "named": named}
 

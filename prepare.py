@@ -88,7 +88,7 @@ class Studio:
             facts["lora"] = lora.describe(job.drawing.lora, job.drawing.lora_scale)
         folder = Path(job.run.output_dir) / "eval"
         return Evaluator(
-            self.weights, self.painter, measures, self.conditions.conditions, subjects, facts, folder, checkpoint, save_images=job.evaluation.save_images
+            self.weights, self.painter, measures, self.conditions.y_of, subjects, facts, folder, checkpoint, save_images=job.evaluation.save_images
         )
 
 
@@ -96,7 +96,7 @@ def studio_of(job: DrawJob, texts: Texts, saved: Saved, device: torch.device) ->
     """That of a checkpoint.  Collective."""
     conditions = condition(job, texts, saved, device)
     weights = sampling.restored(job, saved, conditions.width, device)
-    return Studio(weights, sampling.make_painter(job, weights.net, conditions.conditions.null, device), conditions)
+    return Studio(weights, sampling.make_painter(job, weights.net, conditions.y_of.null, device), conditions)
 
 
 def prepare_generation(job: DrawJob, saved: Saved, prompts: Sequence) -> Studio:
@@ -127,7 +127,7 @@ def prepare_evaluation(job: EvaluateJob | SweepJob, saved: Saved) -> Evaluator:
 
 def forget_captions(dataset: PictureDataset | None, conditions: Conditioning) -> None:
     """Where features are looked up by row, the captions' numbers are all that is needed of them."""
-    if dataset and conditions.width and conditions.conditions.in_loader:
+    if dataset and conditions.width and conditions.y_of.in_loader:
         dataset.captions = ()
 
 
@@ -185,7 +185,7 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     measures = planned.measures(job.run.seed) if planned else []
 
     state = fresh_state(job, conditions, origin, device)
-    studio = Studio(state, sampling.make_painter(job, state.drawn, conditions.conditions.null, device), conditions)
+    studio = Studio(state, sampling.make_painter(job, state.drawn, conditions.y_of.null, device), conditions)
     progress = resume.restore(saved, state, shares.world.steps_per_epoch) if saved else Progress(epoch=job.train.start_epoch or 0)
     online = None
     if evaluation:
@@ -221,7 +221,7 @@ def fresh_state(job: TrainJob, conditions: Conditioning, origin: Saved | None, d
         base = put_adapters(net, job.train.lora_rank, job.run.seed, origin)
     elif origin:
         same_text = bool(conditions.description) and alike(origin.text, conditions.description)
-        report = transfer(origin, net, same_text, conditions.conditions.null)
+        report = transfer(origin, net, same_text, conditions.y_of.null)
         if dist.is_main():
             report.write(Path(job.run.output_dir) / "init_from.txt")
         say(f"begun with {origin.path}, EMA 1: {report}")
@@ -257,7 +257,7 @@ class TrainingRun:
 
 def check_shared_memory(job: TrainJob, conditions: Conditioning) -> None:
     """Calls out batches on their way from the loader's processes that will not fit where they travel."""
-    travels, count = conditions.bytes_each if conditions.conditions.in_loader else 8, workers(job.data)
+    travels, count = conditions.bytes_each if conditions.y_of.in_loader else 8, workers(job.data)
     batches = 2 * count * job.train.batch_size * (3 * job.model.img_size**2 + travels)
     room = Path("/dev/shm")
     if room.is_dir() and batches > (free := shutil.disk_usage(room).free):
@@ -281,20 +281,17 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
     taken, parts = position.epoch * steps + position.epoch_step, train.accum_iter
     batches = range(taken * parts, train.epochs * steps * parts)
     sampler = StreamSampler(shares.order, train.batch_size, batches, dist.rank(), world.processes)
-    look_up = conditions.conditions if conditions.conditions.in_loader else None
+    look_up = conditions.y_of if conditions.y_of.in_loader else None
     collate = Collate(look_up, job.diffusion, train.label_drop_prob, job.run.seed)
-    skips, board, writer = (
-        Skips(device, position.skips),
-        Board(job.run, to_plain(job), state.step),
-        PartsWriter(job.save.keep_last, device) if state.copy else checkpoint.Writer(job.save.keep_last, lora.write if state.base else None),
-    )
+    skips, board = Skips(device, position.skips), Board(job.run, to_plain(job), state.step)
+    writer = PartsWriter(job.save.keep_last, device) if state.copy else checkpoint.Writer(job.save.keep_last, lora.write if state.base else None)
     bar = progress(train.epochs * steps, "training", initial=taken)
     training = engine.Training(
         state=state,
         parallel=Parallel(state.net, device, bf16, compile),
         loader=make_loader(shares.dataset, sampler, collate, job.data, device),
-        conditions=conditions.conditions,
-        null=to_device(conditions.conditions.null, device),
+        conditions=conditions.y_of,
+        null=to_device(conditions.y_of.null, device),
         objective=Objective(job.diffusion, compiled(v_loss) if compile else v_loss),
         config=train,
         peak_lr=train.peak_lr(world.processes),
@@ -321,7 +318,7 @@ def text_gap(job: TrainJob, prepared: Prepared) -> Callable[[], dict[str, Tensor
     size = min(most, max(fewest, batch * dist.world_size()))
     pictures = shares.held_out[:size].tolist() if len(shares.held_out) else shares.order.first(size)
     chosen = choose(shares.dataset, pictures, size)
-    gap = TextGap(chosen, studio.conditions.conditions, job.diffusion, job.run.seed, batch, studio.painter.device)
+    gap = TextGap(chosen, studio.conditions.y_of, job.diffusion, job.run.seed, batch, studio.painter.device)
 
     def measure() -> dict[str, Tensor]:
         with prepared.state.drawing("raw"):

@@ -19,10 +19,6 @@ GUIDANCE = {"L": 6.0}  # what the authors draw with; 2.5 for the others
 NEEDED = ("image_size", "patch_size", "txt_input_size", "hidden_size", "depth_double", "txt_preamble_depth", "num_heads", "mlp_ratio", "pca_channels")
 
 
-def is_released(path: Path) -> bool:
-    return (path / CONFIG).is_file()
-
-
 def read(folder: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """Weights under `net.`, the configs that the release implies, plain, and how its text features are made.
 

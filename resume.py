@@ -161,7 +161,7 @@ def content(state: TrainState, progress: Progress, world: World, job: TrainJob, 
 
 def read(path: Path, start_epoch: int | None = None, flag: str = "--resume") -> Saved:
     """A checkpoint of ours, of any version, an exported folder, or a published one: JiT's, or MiniT2I's folder.  Raises: UserError for what is none of them."""
-    if released.is_released(path):
+    if checkpoint.is_released(path):
         weights, job, text = released.read(path, flag)
         return Saved(path, weights, [weights, weights], {}, Progress(epoch=0), None, job, text)
     if checkpoint.is_exported(path):
@@ -247,22 +247,15 @@ def of_flags(values: Mapping[str, Any]) -> dict[str, Any]:
 # --- which checkpoint a run begins from
 
 
-def find(job: Job) -> Saved | None:
+def find(job: TrainJob) -> Saved | None:
     """The checkpoint that the run begins from, if any; nothing is changed by looking."""
-    if isinstance(job, TrainJob):
-        path, start_epoch = beginning(job)
-        if path and path.is_dir():
-            raise UserError(f"--resume {path} is a model to draw with and holds no run to go on with; begin one with its weights by --init_from {path}")
-        saved = read(path, start_epoch) if path else None
-        if saved and job.train.init_from and not look_up(saved.job, "train.init_from"):
-            raise UserError(
-                f"--init_from {job.train.init_from}: {path} was begun without it; go on with that without --init_from, or name another --output_dir"
-            )
-        return saved
-    path = checkpoint.find(job.run.resume, job.run.output_dir)
-    if path is None:
-        raise UserError(f"--resume {job.run.resume} holds no checkpoint yet, so there is nothing to draw with")
-    return read_whole(path)
+    path, start_epoch = beginning(job)
+    if path and path.is_dir():
+        raise UserError(f"--resume {path} is a model to draw with and holds no run to go on with; begin one with its weights by --init_from {path}")
+    saved = read(path, start_epoch) if path else None
+    if saved and job.train.init_from and not look_up(saved.job, "train.init_from"):
+        raise UserError(f"--init_from {job.train.init_from}: {path} was begun without it; go on with that without --init_from, or name another --output_dir")
+    return saved
 
 
 def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
@@ -293,7 +286,7 @@ def find_origin(job: TrainJob) -> Saved | None:
     """The checkpoint of --init_from."""
     if job.train.init_from is None:
         return None
-    return read_whole(checkpoint.find(job.train.init_from, "", "--init_from"), "--init_from")
+    return read_whole(checkpoint.find(job.train.init_from, flag="--init_from"), "--init_from")
 
 
 # --- what must agree
@@ -443,7 +436,7 @@ def on_its_base(job: TrainJob) -> TrainJob:
 
 
 def filled(job: J | TrainJob, saved: Saved, inherited: Sequence[str]) -> dict[str, Config | None]:
-    """The job's configs with those fields of the checkpoint's, and whole sections, where their flags are not given."""
+    """The job's configs, with the checkpoint's values in the fields and sections `inherited` whose flags are not given."""
     given, found = job.given, {section: to_plain(getattr(job, section)) for section in SECTIONS}
     for section, cls in SECTIONS.items():
         for name, config_field, _ in settings(cls):
@@ -480,7 +473,10 @@ def open_for_drawing(job: J) -> tuple[J, Saved]:
     """The completed job, and the checkpoint, to be restored and closed."""
     if job.drawing.lora:
         lora.check_folder(job.drawing.lora)
-    saved = find(job)
+    path = checkpoint.find(job.run.resume, job.run.output_dir)
+    if path is None:
+        raise UserError(f"--resume {job.run.resume} holds no checkpoint yet, so there is nothing to draw with")
+    saved = read_whole(path)
     return completed(job, saved), saved
 
 

@@ -17,7 +17,7 @@ from config import TextConfig
 from datasets.prepared import Beside
 from datasets.shards import captions_of, features_beside, shard_name, text_store
 from text_encoder import TextEncoder, normalize
-from text_features import MUCH_TEXT, PinnedModel, Texts, begin_store, evenly, stored_manifest
+from text_features import MUCH_TEXT, PinnedModel, Texts, begin_store, evenly, in_parts, stored_manifest
 from util import feature_store as disk
 from util.errors import UserError
 from util.feature_store import FeatureStore
@@ -80,5 +80,5 @@ def statistics(beside: Beside) -> dict[str, Tensor]:
     features = FeatureStore(beside.folder, beside.names, beside.counts)
     check_captions(features)
     sample = beside[evenly(len(beside), MUCH_TEXT)]
-    norm = FeatureNorm.of((features(sample[start : start + 1024]) for start in range(0, len(sample), 1024)), features.width)
+    norm = FeatureNorm.of(map(features, in_parts(sample)), features.width)
     return {"mean": norm.mean, "std": norm.std}

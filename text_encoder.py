@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from config import TextConfig
 from util import hub
@@ -33,7 +34,7 @@ def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """By the revisions, of what a copy was made of too (`named`).
+    """Whether both name one language model: by its revision, or by that of the model that it was copied from (`named`).
 
     Where revisions cannot be compared (a release says none; a commit of the hub and the hash of a folder), the last part of the name decides.
     """
@@ -117,12 +118,9 @@ class TextEncoder:
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask, each (B, L) with L <= max_text_len; every row has at least one valid token."""
-        rows = [ids or [self._start_token()] for ids in self.token_ids(captions, self.config.max_text_len)]
-        ids = torch.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
-        return ids, mask
+        rows = [torch.tensor(ids or [self._start_token()]) for ids in self.token_ids(captions, self.config.max_text_len)]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
     def _start_token(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id, self.tokenizer.eos_token_id):

@@ -23,6 +23,7 @@ from datasets.prepared import Beside
 from text_encoder import LanguageModel, TextEncoder, alike, normalize, usual_dtype
 from util import distributed as dist
 from util import feature_store as disk
+from util import hub
 from util.errors import UserError
 from util.feature_store import FeatureRows, FeatureStore
 from util.files import beside, writable_folder
@@ -61,8 +62,6 @@ class Texts(Sequence):
 
     def __getitem__(self, i: int) -> str:
         count = len(self.lines)
-        if i >= len(self):
-            raise IndexError(i)
         return self.captions[self.lines[i]] if i < count else self.extra[i - count]
 
     def keys(self) -> np.ndarray:
@@ -71,7 +70,7 @@ class Texts(Sequence):
 
 
 def in_parts(chosen: np.ndarray) -> list[np.ndarray]:
-    """As many as a shard holds."""
+    """Parts of SHARD_ROWS, as many as a shard holds."""
     return [chosen[start : start + disk.SHARD_ROWS] for start in range(0, len(chosen), disk.SHARD_ROWS)]
 
 
@@ -130,9 +129,9 @@ def describe_lengths(lengths: np.ndarray, limit: int) -> str:
     return f"tokens a caption: {', '.join(shares)}; longest {lengths.max()}; {cut:.2%} are cut at --max_text_len {limit}"
 
 
-def enough_for(lengths: np.ndarray, share: float = 0.01) -> int:
-    """The smallest --max_text_len that cuts less than `share` of them."""
-    return int(np.quantile(lengths, 1 - share, method="higher"))
+def enough_for(lengths: np.ndarray) -> int:
+    """The smallest --max_text_len that cuts less than 1 % of them."""
+    return int(np.quantile(lengths, 0.99, method="higher"))
 
 
 def evenly(count: int, wanted: int) -> np.ndarray:
@@ -154,7 +153,7 @@ def check_saved(saved: Mapping[str, Any], description: Mapping[str, Any]) -> Non
     """
     for name, value in description.items():
         found = saved.get(name)
-        comparable = name != "revision" or (found and found.startswith("sha256:") == value.startswith("sha256:"))
+        comparable = name != "revision" or (found and hub.is_local(found) == hub.is_local(value))
         if name in saved and name not in ("llm", "transformers") and comparable and found != value:
             raise UserError(f"the checkpoint's text features were made with {name} {found}, this run's with {value}; see --llm_model_name and its neighbours")
 
@@ -167,8 +166,7 @@ def statistics_of(features: FeatureRows, rows: np.ndarray, source: TextSource, s
         return {"mean": saved["mean"].clone(), "std": saved["std"].clone()}
     tokens = source.encoder.pooling == "tokens"
     mine = (rows[evenly(len(rows), MUCH_TEXT)] if tokens else rows)[dist.rank() :: dist.world_size()]
-    blocks = (mine[start : start + 1024] for start in range(0, len(mine), 1024))
-    norm = FeatureNorm.of((features.tokens(block)[0] if tokens else features(block) for block in blocks), features.width)
+    norm = FeatureNorm.of((features.tokens(part)[0] if tokens else features(part) for part in in_parts(mine)), features.width)
     return {"mean": norm.mean, "std": norm.std}
 
 
@@ -322,7 +320,7 @@ class Lookup:
 
 
 def look_up(features: FeatureRows, texts: Texts, keys: np.ndarray, encoder: TextEncoder | None = None) -> Lookup:
-    """By what a store knows texts by."""
+    """The rows of all `texts` in `features`, found by their keys."""
     rows, row_of = features.find(keys), np.full(len(texts.captions), -1)
     own, _, extra = np.split(rows, [len(texts.training_lines), len(texts.lines)])
     row_of[texts.lines] = rows[: len(texts.lines)]

@@ -1,4 +1,4 @@
-"""--init_from: a run's first weights out of another checkpoint's (its first average), tensor by tensor.
+"""--init_from: a run's first weights out of another checkpoint's (its EMA 1), tensor by tensor.
 
 What has the same name and shape is copied. Where y is of another kind, or another language model's, its embedders start so that the network does what it did
 without a condition: classes entered adaLN in every block, so the null's vector goes into the time embedder's last bias where adaLN takes the time alone.
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from config import ModelName, parse_model_name
-from resume import Saved
+from config import parse_model_name
+from resume import Saved, look_up
 from util import checkpoint
 from util.errors import UserError
 from util.text import Y
@@ -44,9 +44,9 @@ class Report:
 
 def check_origin(origin: Saved, name: str) -> None:
     """Raises: UserError where the weights of `origin` can be of no use to the model `name`."""
-    wanted, found = parse_model_name(name), model_name(origin)
-    if found is None:
+    if (said := look_up(origin.job, "model.name")) is None:
         return
+    wanted, found = parse_model_name(name), parse_model_name(said)
     if (found.family, found.size) != (wanted.family, wanted.size):
         raise UserError(
             f"--init_from {origin.path} is {found.family}-{found.size}, and --model {name} is another network; wanted one of the same family and size"
@@ -55,12 +55,6 @@ def check_origin(origin: Saved, name: str) -> None:
         raise UserError(
             f"--init_from {origin.path} reads {found.condition}, and --model {name} reads {wanted.condition}: only the way from classes to tokens is open"
         )
-
-
-def model_name(origin: Saved) -> ModelName | None:
-    """What a checkpoint says that it is of."""
-    said = (origin.job.get("model") or {}).get("name")
-    return parse_model_name(said) if said else None
 
 
 def spread_of(weight: Tensor) -> Tensor:

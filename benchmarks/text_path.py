@@ -161,11 +161,11 @@ def bench_step(args: argparse.Namespace, llm: Path, device: torch.device) -> Non
     variants = {"class labels": Variant(classes, LabelConditions(2), args.model, None, args, device)}
     for name, cache in (("store on disk", "disk"), ("features in memory", "memory"), ("LLM in the loop", "off")):
         found = prepare(text.captions, TextConfig(str(llm), layer="last"), cache, args.out / "store", device)
-        variants[name] = Variant(text, found.conditions, f"{args.model}-Text", found.width, args, device)
+        variants[name] = Variant(text, found.y_of, f"{args.model}-Text", found.width, args, device)
     actions = {name: variant.step for name, variant in variants.items()}
     stored = variants["store on disk"]
     chosen = choose(text, range(len(text)), max(16, min(64, args.batch_size)))
-    gap = TextGap(chosen, stored.conditions, DiffusionConfig(), 0, args.batch_size, device)
+    gap = TextGap(chosen, stored.y_of, DiffusionConfig(), 0, args.batch_size, device)
     actions["(the text gap, once every --log_freq steps)"] = partial(gap, for_drawing(stored.net, device, device.type == "cuda")[0])
     seconds = medians(actions, args.rounds, device)
     print(f"\ntraining step, {args.model} at {args.img_size} pixels, batch {args.batch_size}, llm-jp-3-{args.llm} shape, {args.rounds} rounds in turn\n")
@@ -183,7 +183,7 @@ def bench_tokens(args: argparse.Namespace, llm: Path, device: torch.device) -> N
     config = TextConfig(str(llm), args.max_text_len, "last", "tokens")
     for name, cache in (("tokens from the store", "disk"), ("tokens from the encoder in the step", "off")):
         found = prepare(text.captions, config, cache, args.out / f"tokens-{args.llm}", device)
-        variants[name] = Variant(text, found.conditions, model, found.width, args, device)
+        variants[name] = Variant(text, found.y_of, model, found.width, args, device)
     seconds = medians({name: variant.step for name, variant in variants.items()}, args.rounds, device)
     first = next(iter(seconds))
     print(f"\ntraining step, {model} at {args.img_size} pixels, batch {args.batch_size}, encoder of {args.llm}, {found.bytes_each:,} bytes a caption\n")
@@ -318,7 +318,7 @@ def bench_million(args: argparse.Namespace, device: torch.device) -> None:
         return
     torch.set_num_threads(1)  # as in a loader's process
     print(f"a loader process before it reads: {memory()}")
-    print(f"a million random look-ups in batches of 128: {time_look_ups(found.conditions, count):.2f} s")
+    print(f"a million random look-ups in batches of 128: {time_look_ups(found.y_of, count):.2f} s")
     print(f"a loader process after it has read all: {memory()}")
     seconds = time_look_ups(lambda batch: store(batch.numpy()), len(store))
     print(f"the same of {len(store)} captions with features {store.width} wide: {seconds:.2f} s")

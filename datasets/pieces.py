@@ -71,7 +71,7 @@ def check_made(pieces: Sequence[Piece], job: PrepareJob) -> None:
         facts, _ = read_facts(shard, only=())
         if facts["making"] != making_of(job)._asdict():
             raise UserError(f"{shard} was made with {facts['making']}, and this is {making_of(job)._asdict()}; name another --out")
-        if facts.get("of", of := said_of(piece, job)) != of:
+        if facts["of"] != (of := said_of(piece, job)):
             raise UserError(f"{shard} was made of other data ({facts['of']}; --data_path {job.data.path} has {of} there now); name another --out")
 
 
@@ -80,7 +80,7 @@ def broken_in(shards: Sequence[Path]) -> tuple[list[str], int]:
     lines, total = [], 0
     for shard in shards:
         facts, arrays = read_facts(shard, ["counts"])
-        lines += facts.get("broken", [])
+        lines += facts["broken"]
         total += len(arrays["counts"]) + left_out(facts)
     return lines, total
 

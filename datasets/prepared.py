@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from datasets.captioned import CaptionedPictures
-from datasets.shards import VERSION, Making, MappedStrings, features_beside, read_facts, text_store
-from datasets.stream import View
+from datasets.shards import VERSION, Making, features_beside, read_facts, text_store
+from datasets.stream import MappedStrings, View
 from datasets.tar import Pictures
 from datasets.transforms import open_picture, to_uint8
 from util.errors import UserError, one_line
@@ -37,44 +38,39 @@ def build_index(
     statistics: of the captions' features, where each shard has them beside it.
     Returns: what it says of them.  Raises: UserError, OSError.
     """
-    seen = Duplicates(shards)
-    if not len(seen.first):
+    firsts = first_of_each_file(shards)
+    if not sum(map(len, firsts)):
         raise nothing_left(out, shards, making)
     part = out / f".{INDEX}.tmp"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     counts = {"pictures": 0, "captions": 0, "duplicates": 0, "left_out": 0}
-    names, made, indexed, fingerprint = [], [], [], hashlib.sha256()
-    with (
-        open(part / "places", "wb") as places,
-        open(part / "counts", "wb") as numbers,
-        open(part / "lengths", "wb") as lengths,
-        open(part / "captions", "wb") as text,
-        open(part / "rows", "wb") as rows,
-    ):
-        for number, shard in enumerate(shards):
+    made, indexed, fingerprint = [], [], hashlib.sha256()
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(part / name, "wb")) for name in ("places", "counts", "lengths", "captions", "rows")}
+        for number, (shard, first) in enumerate(zip(shards, firsts)):
             facts, arrays = read_facts(shard)
-            kept = seen.first_ones(number, len(arrays["hashes"]))
-            counts["duplicates"] += int((~kept).sum())
-            if not drop_duplicates:
-                kept[:] = True
-            keep = np.repeat(kept, arrays["counts"])
-            place = np.empty(len(arrays["places"]), PLACE)
-            place["shard"], place["offset"], place["size"] = number, arrays["places"][:, 0], arrays["places"][:, 1]
-            places.write(place[kept].tobytes())
-            numbers.write(arrays["counts"][kept].tobytes())
-            lengths.write(arrays["lengths"][keep].tobytes())
-            text.write(arrays["captions"][np.repeat(keep, arrays["lengths"])].tobytes())
-            rows.write(np.flatnonzero(keep).astype("<u4").tobytes())
-            made.append(len(keep)), indexed.append(int(keep.sum()))
+            kept = first if drop_duplicates else np.ones_like(first)
+            taken = of_kept(number, arrays, kept)
+            for name, file in files.items():
+                file.write(taken[name].tobytes())
+            made.append(len(arrays["lengths"]))
+            indexed.append(len(taken["rows"]))
             counts["pictures"] += int(kept.sum())
             counts["captions"] += indexed[-1]
+            counts["duplicates"] += int((~first).sum())
             counts["left_out"] += left_out(facts)
-            names.append(shard.name)
             fingerprint.update(facts["sha256"].encode() + kept.tobytes())
     cumulated(part, "counts", "first", counts["pictures"])
     cumulated(part, "lengths", "ends", counts["captions"])
-    found = {"version": VERSION, "making": making._asdict(), **counts, "shards": names, "captions_made": made, "captions_indexed": indexed}
+    found = {
+        "version": VERSION,
+        "making": making._asdict(),
+        **counts,
+        "shards": [shard.name for shard in shards],
+        "captions_made": made,
+        "captions_indexed": indexed,
+    }
     found["fingerprint"] = fingerprint.hexdigest()[:32]
     if statistics:
         save_file(statistics(Beside.of(out, part, found)), part / TEXT_STATISTICS)
@@ -86,13 +82,13 @@ def build_index(
 
 def left_out(facts: dict[str, Any]) -> int:
     """Samples of a shard's source that are not in it."""
-    return len(facts["left_out"]) if "left_out" in facts else len(facts["broken"]) + facts["too_small"]  # the first: shards of before 27 November 2026
+    return len(facts["broken"]) + facts["too_small"]
 
 
 def nothing_left(out: Path, shards: Sequence[Path], making: Making) -> UserError:
     """Why shards hold no picture."""
     facts = [read_facts(shard, only=())[0] for shard in shards]
-    small = sum(one.get("too_small", 0) for one in facts)
+    small = sum(one["too_small"] for one in facts)
     broken = sum(map(left_out, facts)) - small
     return UserError(
         f"--out {out}: no picture is left; {broken:,} cannot be used (bad_images.txt there lists them), {small:,} are smaller than --min_size {making.min_size}. "
@@ -100,17 +96,26 @@ def nothing_left(out: Path, shards: Sequence[Path], making: Making) -> UserError
     )
 
 
-class Duplicates:
-    """Which pictures are the file of one before."""
+def first_of_each_file(shards: Sequence[Path]) -> list[np.ndarray]:
+    """For each shard, which of its pictures are not the same file as one before, (pictures,) bool."""
+    hashes = [read_facts(shard, ["hashes"])[1]["hashes"] for shard in shards]
+    first = np.zeros(sum(map(len, hashes)), dtype=bool)
+    first[np.unique(np.concatenate(hashes), return_index=True)[1]] = True
+    return np.split(first, np.cumsum([len(one) for one in hashes])[:-1])
 
-    def __init__(self, shards: Sequence[Path]):
-        hashes = [read_facts(shard, ["hashes"])[1]["hashes"] for shard in shards]
-        self.starts = np.cumsum([0, *map(len, hashes)])
-        self.first = np.zeros(self.starts[-1], dtype=bool)
-        self.first[np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]), return_index=True)[1]] = True
 
-    def first_ones(self, shard: int, count: int) -> np.ndarray:
-        return self.first[self.starts[shard] : self.starts[shard] + count].copy()
+def of_kept(number: int, arrays: Mapping[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:
+    """What the index holds of the pictures `kept` of a shard, by the names of its files."""
+    keep = np.repeat(kept, arrays["counts"])  # of its captions
+    place = np.empty(len(kept), PLACE)
+    place["shard"], place["offset"], place["size"] = number, arrays["places"][:, 0], arrays["places"][:, 1]
+    return {
+        "places": place[kept],
+        "counts": arrays["counts"][kept],
+        "lengths": arrays["lengths"][keep],
+        "captions": arrays["captions"][np.repeat(keep, arrays["lengths"])],
+        "rows": np.flatnonzero(keep).astype("<u4"),
+    }
 
 
 def cumulated(folder: Path, name: str, becomes: str, count: int) -> None:
@@ -175,9 +180,6 @@ class Names(Sequence):
         place = self.places[i]
         return f"{self.shards[place['shard']]}, byte {place['offset']}"
 
-    def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
-
 
 def is_prepared(path: Path) -> bool:
     return os.path.isfile(path / INDEX / FACTS)  # not, where the folder may not be entered
@@ -204,8 +206,7 @@ class PreparedPictures(CaptionedPictures):
         if view.img_size > size:
             raise UserError(f"--data_path {path} was prepared at {size} pixels, and --img_size is {view.img_size}; prepare it again at that size")
         shards = [str(path / name) for name in self.facts["shards"]]
-        self.paths, self.view, self.seed, self.fingerprints = Names(shards, places), view, seed, {}
-        self.bad, self.root = [], str(path)
+        self.paths, self.view, self.seed = Names(shards, places), view, seed
         self.captions, self.read = MappedStrings(ends, block), MappedPictures(shards, places)
 
     def picture(self, index: int, n: int | None = None) -> Tensor:

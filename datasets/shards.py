@@ -19,7 +19,9 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from datasets.captioned import Rows
+from datasets.stream import MappedStrings
 from datasets.transforms import center_crop, open_rgb
+from util.broken import check_allowed
 from util.errors import UserError, one_line
 from util.feature_store import FOLDERS
 from util.files import write_whole
@@ -50,7 +52,7 @@ def facts_beside(shard: Path) -> Path:
 
 
 def prepare_shard(out: Path, number: int, rows: Rows, which: range, made: "Made") -> Path:
-    """The shard of those rows; it is done where its name is there.  Raises: OSError; UserError for what is broken, if that is asked for."""
+    """The shard of those rows; one that is there is whole, and stays as it is.  Raises: OSError; UserError for what is broken, if that is asked for."""
     shard = out / shard_name(number)
     if not shard.exists():
         features_beside(shard).unlink(missing_ok=True)  # of a shard that was here before, and other captions
@@ -76,8 +78,7 @@ class Made:
 
     def lack(self, lines: Sequence[str]) -> None:
         """What cannot be used.  Raises: UserError under --bad_images error."""
-        if lines and self.policy == "error":
-            raise UserError(f"broken picture {lines[0]}; go on without such by --bad_images skip")
+        check_allowed(lines, self.policy)
         self.broken += lines
 
     def write(self, file: BinaryIO, rows: Rows, which: range) -> None:
@@ -142,21 +143,6 @@ def read_facts(shard: Path, only: Sequence[str] | None = None) -> tuple[dict[str
             return json.loads(file.metadata()["facts"]), {name: file.get_tensor(name) for name in (file.keys() if only is None else only)}
     except Exception as error:  # cut short, no safetensors: safetensors' own exception
         raise UserError(f"{facts_beside(shard)} cannot be read ({one_line(error)}); remove it and {shard.name}, and prepare them again") from error
-
-
-class MappedStrings(Sequence):
-    """The captions of an index.  ends: where each begins in the block, and the last one ends."""
-
-    def __init__(self, ends: np.ndarray, block: np.ndarray):
-        self.ends, self.block = ends, block
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, i: int) -> str:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        return self.block[self.ends[i] : self.ends[i + 1]].tobytes().decode()
 
 
 def text_store(folder: Path) -> Path:

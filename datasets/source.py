@@ -19,12 +19,11 @@ from datasets.tables import SUFFIXES, find_rows, is_folder
 from datasets.tar import find_samples
 from datasets.text_image import EXTENSIONS, find_pairs
 from util import broken
-from util import distributed as dist
 from util.errors import UserError
 from util.files import beside
 from util.logging import say
 from util.randomness import stream
-from util.workers import in_worker, start_method
+from util.workers import loader_options, own_cores
 
 
 def open_data(data: Data, model: Model, seed: int) -> PictureDataset:
@@ -196,9 +195,8 @@ def format_of(data: Data) -> str:
 
 
 def workers(data: Data) -> int:
-    """Loader processes: as asked, at most this process's share of the machine's cores, and one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(data.workers, max(1, cores // dist.local_world_size()))
+    """Loader processes: as asked, at most this process's share of the machine's cores."""
+    return min(data.workers, own_cores())
 
 
 def make_loader(dataset: PictureDataset, sampler: StreamSampler, collate: Collate, data: Data, device: torch.device) -> DataLoader:
@@ -207,12 +205,9 @@ def make_loader(dataset: PictureDataset, sampler: StreamSampler, collate: Collat
         dataset,
         sampler.batch_size,
         sampler=sampler,
-        num_workers=workers(data),
         collate_fn=collate,
         pin_memory=data.pin_mem and device.type == "cuda",
-        generator=torch.Generator(),  # or it would draw from the one that dropout uses
-        worker_init_fn=in_worker,
-        multiprocessing_context=start_method(workers(data)),
+        **loader_options(workers(data)),
     )
 
 

@@ -48,22 +48,28 @@ class View(NamedTuple):
     crop: str = "center"  # or "random"
 
 
-class PackedStrings(Sequence):
-    """Strings in one block of bytes: millions of Python objects would be copied into every loader process as it counts references."""
+class MappedStrings(Sequence):
+    """Strings in one block of bytes.  ends: where each begins in it, and the last one ends."""
 
-    def __init__(self, strings: Iterable[str]):
-        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
-        self.ends = np.cumsum([len(part) for part in encoded], dtype=np.int64)
-        self.block = b"".join(encoded)
+    def __init__(self, ends: np.ndarray, block: bytes | np.ndarray):
+        self.ends, self.block = ends, block
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.ends) - 1
 
     def __getitem__(self, i: int) -> str:
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         i %= len(self)
-        return self.block[self.ends[i - 1] if i else 0 : self.ends[i]].decode("utf-8", "surrogateescape")
+        return bytes(self.block[self.ends[i] : self.ends[i + 1]]).decode("utf-8", "surrogateescape")
+
+
+class PackedStrings(MappedStrings):
+    """In memory: millions of Python objects would be copied into every loader process as it counts references."""
+
+    def __init__(self, strings: Iterable[str]):
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+        super().__init__(np.cumsum([0, *map(len, encoded)], dtype=np.int64), b"".join(encoded))
 
 
 class Joined(Sequence):

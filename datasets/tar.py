@@ -9,7 +9,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from util import distributed as dist
 from util.errors import UserError
 from util.files import write_whole
 from util.logging import progress, say
-from util.workers import in_processes
+from util.workers import in_processes, own_cores
 
 VERSION = 1
 TAIL = 256  # bytes at the end of a picture that, with its size, tell it from others
@@ -55,9 +55,21 @@ class Index(NamedTuple):
 def find_samples(shards: Sequence[Path], caption_column: str | None, folder: Path) -> Rows:
     """The samples of the shards, one after another.  folder: where indices are kept.  Collective.  Raises: UserError where a shard is no tar."""
     made = index_missing(shards, caption_column, folder)
+    indices = (
+        made.pop(number, None) or read_index(kept_at(folder, shard), facts_of(shard, caption_column)) or make_index(shard, caption_column)
+        for number, shard in enumerate(shards)
+    )
+    return rows_of(shards, indices)
+
+
+def find_in_shard(shard: Path, caption_column: str | None) -> Rows:
+    """The samples of one shard, which is read once and no index kept.  Raises: UserError where it is no tar."""
+    return rows_of([shard], [make_index(shard, caption_column)])
+
+
+def rows_of(shards: Sequence[Path], indices: Iterable[Index]) -> Rows:
     found, places, seen = Rows([], []), [], set()
-    for number, shard in enumerate(shards):
-        index = made.pop(number, None) or read_index(kept_at(folder, shard), facts_of(shard, caption_column)) or make_index(shard, caption_column)
+    for number, (shard, index) in enumerate(zip(shards, indices)):
         found.bad += [f"{shard}: {line}" for line in index.bad]
         for entry in index.entries:
             found.paths.append(f"{shard}/{entry.name}")
@@ -67,14 +79,6 @@ def find_samples(shards: Sequence[Path], caption_column: str | None, folder: Pat
             seen.add((entry.size, entry.mark))
     found.read = Pictures([str(shard) for shard in shards], np.array(places, dtype=np.int64).reshape(-1, 3))
     return found
-
-
-def find_in_shard(shard: Path, caption_column: str | None) -> Rows:
-    """The samples of one shard, which is read once and no index kept.  Raises: UserError where it is no tar."""
-    index = make_index(shard, caption_column)
-    places = np.array([(0, entry.offset, entry.size) for entry in index.entries], dtype=np.int64).reshape(-1, 3)
-    names, captions = [f"{shard}/{entry.name}" for entry in index.entries], [entry.captions for entry in index.entries]
-    return Rows(names, captions, Pictures([str(shard)], places), bad=[f"{shard}: {line}" for line in index.bad])
 
 
 class Pictures:
@@ -167,7 +171,7 @@ def keep(path: Path, index: Index, facts: list) -> bool:
 
 def make_indices(shards: Sequence[Path], numbers: Sequence[int], caption_column: str | None) -> Iterator[tuple[int, Index]]:
     """Of the shards of those numbers, as they are done, by as many processes as this rank has cores."""
-    count = min(len(numbers), len(os.sched_getaffinity(0)) // dist.local_world_size())
+    count = min(len(numbers), own_cores())
     remedy = "tar files that are indexed stay so: give the command again, with more memory if that was wanting"
     return in_processes(lambda number: make_index(shards[number], caption_column), numbers, count, remedy)
 

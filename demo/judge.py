@@ -1,4 +1,4 @@
-"""Does a drawn picture show what its prompt says?  The judges of the two demos."""
+"""Does a drawn picture show what its prompt says?  The judges of the digits and the emoji."""
 
 import colorsys
 from collections.abc import Sequence

@@ -38,6 +38,7 @@ class Record:
 
     @property
     def place(self) -> str:
+        """Size, weights, guidance and solver, as the names of files and figures have them."""
         sampling = self.setting["sampling"]
         low, high = sampling["cfg_interval"]
         weights = self.setting["weights"]["which"]

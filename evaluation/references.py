@@ -16,7 +16,7 @@ from util.errors import UserError
 from util.extractors import AT_A_TIME, Extractor, on_device
 from util.files import beside, writable_folder
 from util.logging import progress, say
-from util.workers import in_worker, loader_deaths, start_method
+from util.workers import loader_deaths, loader_options
 
 
 def spread(i: int, size: int, count: int) -> int:
@@ -54,11 +54,7 @@ def read_pictures(dataset: PictureDataset, chosen: Sequence[int], num_workers: i
     Raises: UserError where a process died; callers read within `loader_deaths` too, since torch may tell of it while they compute.
     """
     share = _Share(dataset, chosen)
-    generator = torch.Generator()  # or the loader would draw from the one that training may use
-    start = start_method(num_workers)
-    loader = DataLoader(
-        share, AT_A_TIME, num_workers=num_workers, collate_fn=_stacked, generator=generator, worker_init_fn=in_worker, multiprocessing_context=start
-    )
+    loader = DataLoader(share, AT_A_TIME, collate_fn=_stacked, **loader_options(num_workers))
     with progress(len(share), "reference", unit="picture") as bar, loader_deaths():
         for count, places, pictures in loader:
             if places:

@@ -10,7 +10,7 @@ import yaml
 import lora
 from config import ExportJob
 from evaluation.records import TITLES
-from resume import Saved
+from resume import Saved, look_up
 from util.checkpoint import PAINTER
 from util.hub import reader_of
 
@@ -54,13 +54,13 @@ def entries(record: dict[str, Any], data: str) -> list[dict[str, Any]]:
 
 def data_of(saved: Saved) -> str:
     """The name of what it was trained on, without the folders of the machine."""
-    return Path((saved.job.get("data") or {}).get("path") or OPEN).name
+    return Path(look_up(saved.job, "data.path") or OPEN).name
 
 
 def facts_of(job: ExportJob, saved: Saved) -> dict[str, str]:
     """The card's table."""
     model, text, world, step = saved.job["model"], saved.text, saved.world, saved.progress.step or 0
-    lr = (saved.job.get("train") or {}).get("lr")
+    lr = look_up(saved.job, "train.lr")
     tokens = f"frozen; layer {text['layer']}, {text['max_text_len']} tokens at most" if text else ""
     return {
         "model": model["name"],

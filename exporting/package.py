@@ -52,7 +52,7 @@ def renamed(source: str, package: str, tops: set[str]) -> str:
 
 
 def add_code(folder: Path) -> None:
-    """Into a folder that holds the model in painter/model/: of a component with weights right in it, diffusers fetches nothing else from the hub."""
+    """Into a folder that holds the model in painter/model/: weights must not lie directly in painter/, or diffusers fetches nothing else of it from the hub."""
     sources = needed(ENTRY)
     package = f"jit_t2i_{hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:8]}"
     tops = {name.partition(".")[0] for name in sources}

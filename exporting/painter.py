@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -35,6 +36,5 @@ class JiTPainter:
 
     def __call__(self, prompts, seed: int = 0, **changes):
         """PIL pictures.  changes: of the sampler, those that are not None."""
-        usual = self.painter.job.drawing.sampler
-        sampler = type(usual)(**{**vars(usual), **{name: value for name, value in changes.items() if value is not None}})
-        return [self.sampling.to_image(picture) for picture in self.painter(prompts, sampler, seed)]
+        asked = {name: value for name, value in changes.items() if value is not None}
+        return [self.sampling.to_image(picture) for picture in self.painter(prompts, replace(self.painter.sampler, **asked), seed)]

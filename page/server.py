@@ -80,7 +80,7 @@ class Guard:
             return None if not path.startswith(("/gradio_api", "/monitoring")) or path.startswith(self.gets) else 404
         if method != "POST" or path not in POSTS:
             return 404
-        headers = dict(scope["headers"])  # of a body in chunks, of which no browser makes one, the length that is said counts for nothing
+        headers = dict(scope["headers"])  # a chunked body, which no browser sends, has no length to trust
         size = b"" if b"transfer-encoding" in headers else headers.get(b"content-length", b"")
         return None if size.isdigit() and int(size) <= LARGEST_BODY else 413
 

@@ -46,22 +46,22 @@ def contents(folder):
 def test_disk_memory_and_the_live_encoder_give_the_same_features(llm_folder, tmp_path):
     found = {cache: prepare(tmp_path / "store", llm_folder(), cache=cache) for cache in ("disk", "memory", "off")}
     lines = torch.tensor([3, 0, 35, 3])
-    y = {cache: conditioning.conditions(lines) for cache, conditioning in found.items()}
+    y = {cache: conditioning.y_of(lines) for cache, conditioning in found.items()}
     assert y["disk"].shape == (4, 32) and y["disk"].dtype == torch.float32 and torch.equal(y["disk"][0], y["disk"][3])
     assert torch.equal(y["disk"], y["memory"])
     torch.testing.assert_close(y["disk"], y["off"], rtol=1e-3, atol=1e-3)  # float16's rounding
     for name in ("null", "prompts"):
-        a, b, c = (getattr(found[cache].conditions if name == "null" else found[cache], name) for cache in ("disk", "memory", "off"))
+        a, b, c = (getattr(found[cache].y_of if name == "null" else found[cache], name) for cache in ("disk", "memory", "off"))
         assert torch.equal(a, b) and torch.allclose(a, c, rtol=1e-3, atol=1e-3), name
     encoder = LanguageModel(TextConfig(str(llm_folder()), 40, "last")).load(CPU)
-    torch.testing.assert_close(found["disk"].conditions.null, encoder.null, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found["disk"].y_of.null, encoder.null, rtol=1e-3, atol=1e-3)
     assert found["disk"].description == found["memory"].description == found["off"].description
     assert found["disk"].frozen == found["off"].frozen == encoder.parameters and found["disk"].width == 32
 
 
 def test_captions_that_were_not_prepared_are_never_taken_for_others(llm_folder, tmp_path):
-    conditions = prepare(tmp_path, llm_folder(), lines=np.array([1, 3])).conditions
-    assert torch.equal(conditions(torch.tensor([3, 1]))[1], prepare(tmp_path, llm_folder()).conditions(torch.tensor([1]))[0])
+    conditions = prepare(tmp_path, llm_folder(), lines=np.array([1, 3])).y_of
+    assert torch.equal(conditions(torch.tensor([3, 1]))[1], prepare(tmp_path, llm_folder()).y_of(torch.tensor([1]))[0])
     with pytest.raises(AssertionError, match="not prepared"):
         conditions(torch.tensor([1, 2]))
 
@@ -73,7 +73,7 @@ def test_each_distinct_caption_is_encoded_once_and_added_ones_alone(llm_folder, 
     prepare(tmp_path, llm_folder(), CAPTIONS * 50 + ["ハンカクとFULL"])  # the last one in NFKC is one of CAPTIONS
     assert len(seen) == len(set(seen)) == len(CAPTIONS) + 2  # the prompt and the empty caption
     before, seen[:] = contents(tmp_path), []
-    y = prepare(tmp_path, llm_folder(), [*CAPTIONS, "新しい"], prompts=["富士山", "新しい指示"]).conditions(torch.tensor([6]))
+    y = prepare(tmp_path, llm_folder(), [*CAPTIONS, "新しい"], prompts=["富士山", "新しい指示"]).y_of(torch.tensor([6]))
     assert sorted(seen) == sorted(["新しい", "新しい指示"]) and before.items() <= contents(tmp_path).items()
     torch.testing.assert_close(y, LanguageModel(TextConfig(str(llm_folder()), 40, "last")).load(CPU).encode(["新しい"]), rtol=1e-3, atol=1e-3)
 
@@ -84,7 +84,7 @@ def test_with_a_complete_store_the_llm_is_not_loaded(llm_folder, tmp_path, monke
     again = prepare(tmp_path, llm_folder(), norm="standardize")
     assert "the LLM is not loaded" in capsys.readouterr().out
     lines = torch.arange(36)
-    assert torch.equal(first.conditions(lines), again.conditions(lines)) and torch.equal(first.prompts, again.prompts)
+    assert torch.equal(first.y_of(lines), again.y_of(lines)) and torch.equal(first.prompts, again.prompts)
 
 
 def test_lengths_and_truncation_are_said_once_also_from_a_complete_store(llm_folder, tmp_path, capsys):
@@ -298,14 +298,14 @@ def test_token_features_are_stored_without_padding(llm_folder, tmp_path):
 
 def test_standardized_features_have_mean_0_and_variance_1_over_the_training_captions(llm_folder, tmp_path):
     raw, conditioning = (prepare(tmp_path, llm_folder(), norm=norm) for norm in ("none", "standardize"))
-    features = conditioning.conditions(torch.arange(36))
+    features = conditioning.y_of(torch.arange(36))
     torch.testing.assert_close(features.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
     torch.testing.assert_close(features.std(0, correction=0), torch.ones(32), atol=1e-3, rtol=0)
     mean, std = conditioning.description["mean"], conditioning.description["std"]
-    torch.testing.assert_close(conditioning.conditions.null * std + mean, raw.conditions.null, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(conditioning.y_of.null * std + mean, raw.y_of.null, rtol=1e-4, atol=1e-5)
     saved = conditioning.description
     resumed = prepare(tmp_path, llm_folder(), [*MANY, "増えた"], norm="standardize", saved=saved)  # the checkpoint's statistics, not new ones
-    assert torch.equal(resumed.conditions(torch.arange(36)), features) and torch.equal(resumed.description["mean"], mean)
+    assert torch.equal(resumed.y_of(torch.arange(36)), features) and torch.equal(resumed.description["mean"], mean)
     single = FeatureNorm.of([torch.ones(1, 32)], 32)
     assert torch.equal(single(torch.ones(1, 32)), torch.zeros(1, 32))  # no variance to divide by
     torch.manual_seed(0)
@@ -316,7 +316,7 @@ def test_standardized_features_have_mean_0_and_variance_1_over_the_training_capt
 
 def tokens_of(conditioning, lines, width=32):
     """Mask (B, L), and the states where there are tokens, (tokens, width)."""
-    text = conditioning.conditions(torch.as_tensor(lines)).to(CPU)
+    text = conditioning.y_of(torch.as_tensor(lines)).to(CPU)
     assert text.mask.shape == (len(lines), 40) and text.states.shape == (len(lines), 40, width) and text.states.dtype == torch.float32
     return text.mask, text.states[text.mask]
 
@@ -334,7 +334,7 @@ def test_disk_memory_and_the_live_encoder_give_the_same_tokens(norm, llm_folder,
     torch.testing.assert_close(live, wanted[norm]()[valid], rtol=1e-4, atol=1e-4)
     prompts = [conditioning.prompts.to(CPU) for conditioning in found.values()]
     for conditioning, text in zip(found.values(), prompts):
-        null = conditioning.conditions.null
+        null = conditioning.y_of.null
         assert (
             not null.mask.any() and null.states.shape == (1, 40, 32) and torch.equal(text.states, prompts[0].states) and torch.equal(text.mask, prompts[0].mask)
         )
@@ -368,7 +368,7 @@ def test_two_ranks_hold_in_memory_what_one_process_holds(pooling, captions, llm_
 
     def held():
         raw, standardized = (prepare(None, llm, captions, cache="memory", norm=norm, pooling=pooling) for norm in ("none", "standardize"))
-        parts = [*(raw.conditions(torch.tensor([line])) for line in range(len(captions))), raw.prompts]
+        parts = [*(raw.y_of(torch.tensor([line])) for line in range(len(captions))), raw.prompts]
         rows = parts if pooling == "mean" else [tensor for part in parts for tensor in (part.states, part.lengths)]
         return rows, standardized.description["mean"]
 

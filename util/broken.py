@@ -20,6 +20,12 @@ def most(size: int) -> int:
     return int(MOST * size)
 
 
+def check_allowed(lines: Sequence[str], policy: str) -> None:
+    """Raises: UserError for a broken picture under --bad_images error."""
+    if lines and policy == "error":
+        raise UserError(f"broken picture {lines[0]}; go on without such by --bad_images skip")
+
+
 class Broken:
     """The broken pictures that were met, a line each with file name and reason: this rank's, and after `write` all ranks'."""
 
@@ -34,8 +40,7 @@ class Broken:
         if not lines:
             return
         self.lines.update(lines)
-        if self.policy == "error":
-            raise UserError(f"broken picture {lines[0]}; go on without such by --bad_images skip")
+        check_allowed(lines, self.policy)
         if too_many(len(self.lines), self.size):
             self._write()
         self._check()

@@ -148,11 +148,15 @@ def remove_unused_parts(folder: Path) -> None:
                 shutil.rmtree(one, ignore_errors=True)
 
 
+def is_released(folder: Path) -> bool:
+    return (folder / RELEASED).is_file()
+
+
 def is_exported(folder: Path) -> bool:
     return (folder / EXPORTED).is_file() and (folder / WEIGHTS).is_file()
 
 
-def find(resume: str, output_dir: str, flag: str = "--resume") -> Path | None:
+def find(resume: str, output_dir: str = "", flag: str = "--resume") -> Path | None:
     """The file that --resume, or another flag, means: itself, or the last checkpoint in the folder; or a folder that is exported, or as MiniT2I's are.
 
     Returns: None only where the folder is `output_dir` and holds no checkpoint yet.  Raises: UserError for anything else.
@@ -162,7 +166,7 @@ def find(resume: str, output_dir: str, flag: str = "--resume") -> Path | None:
         return path
     if (path / LAST).is_file():
         return path / LAST
-    if (path / RELEASED).is_file():
+    if is_released(path):
         return path
     for folder in (path, path / PAINTER / IN_PAINTER, path / PAINTER):
         if is_exported(folder):

@@ -20,7 +20,10 @@ from util.errors import UserError, leave, one_line
 ALONE = timedelta(hours=1)  # that the others wait while one rank encodes, scans, measures or writes
 IN_STEPS = timedelta(minutes=10)  # that they wait for each other while they train
 TOLD_FIRST = timedelta(seconds=90)  # by which gloo, which says it in a line of ours, is ahead of NCCL, which ends the process in pages
-GIVEN_UP = ("/gloo/", "Application timeout caused pair closure")  # in what gloo says of a wait: its source file, or of all that waited beside one
+GIVEN_UP = (
+    "/gloo/",
+    "Application timeout caused pair closure",
+)  # in gloo's message of a wait that failed: its source file, or where another wait on the same connection failed
 GRACE = 30  # seconds in which the main thread may still write a checkpoint, and end the process itself
 
 
@@ -45,7 +48,7 @@ def init(device: str) -> torch.device:
 
 
 def torchrun_began() -> float | None:
-    """When, in seconds since 1970, where torchrun has started this process again; None where it has not."""
+    """When torchrun began, in seconds since 1970, if it has restarted this process; else None."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return None
     _, _, fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")  # proc(5): the name may hold blanks
@@ -81,7 +84,7 @@ def claim(gpu: torch.device, store: dist.Store, number: int) -> None:
 
 @contextmanager
 def patience(limit: timedelta) -> Iterator[None]:
-    """Inside, ranks wait so long for each other, then a collective fails.  Collective at both ends; no rank falls under a limit that others do not know of."""
+    """Inside, a collective fails after a rank has waited that long for the others.  Collective at both ends, so that all change the limit together."""
     if not dist.is_initialized() or not hasattr(dist.ProcessGroup, "set_timeout"):  # torch 2.15 has it
         yield
         return

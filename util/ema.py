@@ -7,15 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from config import Averages
-from util.checkpoint import state_of
-from util.sharding import fill
+from util.checkpoint import load_into, state_of
 
 
 class Ema:
     """Float32 averages of the trainable parameters: average <- d average + (1 - d) parameter after every optimizer step.
 
     With `warmup`, d = min(decay, (1 + n) / (10 + n)) at update n: without it 30 % of the initial weights are still in an
-    average of decay 0.9999 after 12,000 steps. With `kept` false it has no tensors: it says what the average is of which a network was made.
+    average of decay 0.9999 after 12,000 steps. With `kept` false it holds no tensors, but the decay of the average that a network was loaded from.
     """
 
     def __init__(self, net: nn.Module, decay: float, warmup: bool = True, kept: bool = True):
@@ -44,8 +43,7 @@ class Ema:
         return {**state_of(net), **self.average}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for name, value in self.average.items():
-            fill(value, state[name])
+        load_into(self.average, state)
 
     @contextmanager
     def applied(self, net: nn.Module) -> Iterator[None]:

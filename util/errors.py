@@ -12,7 +12,7 @@ BEFORE_LEAVING: list[Callable[[], None]] = []  # ends the lines that are still o
 
 
 class UserError(ValueError):
-    """What a user can put right; `main_jit.py` prints it as one line: what was found, what was wanted, which flag to turn."""
+    """What a user can put right; every program prints it as one line: what was found, what was wanted, which flag to turn."""
 
 
 def one_line(error: BaseException, longest: int = 200) -> str:

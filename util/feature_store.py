@@ -23,6 +23,7 @@ from torch import Tensor
 
 from util.errors import UserError
 from util.files import write_whole
+from util.hub import is_local
 
 MANIFEST = "manifest.json"
 FOLDERS = {"mean": "text_cache", "tokens": "text_cache_tokens"}  # by pooling
@@ -88,7 +89,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def check_manifest(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Any], flag: str = "--text_cache_dir") -> None:
     """flag: that says where the store is.  Raises: UserError that names the first field in which its features differ from what this run would make."""
-    moved = str(wanted.get("revision")).startswith("sha256:")  # a local model's content is compared; its folder may have another name now
+    moved = is_local(str(wanted.get("revision")))  # a local model's content is compared; its folder may have another name now
     for field, value in wanted.items():
         found = manifest.get(field)
         if found == value or (field == "llm" and moved):

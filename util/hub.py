@@ -49,7 +49,7 @@ def digest_of_weights(folder: Path) -> str:
 
 
 def named_of(text: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`llm` and `revision` of what the language model of text features is a copy of; its own, where it is none."""
+    """`llm` and `revision` of the model that a language model was copied from; its own, if it is no copy."""
     return text.get("named") or text
 
 
@@ -60,7 +60,7 @@ def reader_of(text: Mapping[str, Any]) -> str:
 
 
 def is_local(revision: str) -> bool:
-    """Whether what `revision_of` has said is of a folder, and of no model of the hub."""
+    """Whether a revision is the hash of a local folder, and no commit of the hub."""
     return revision.startswith("sha256:")
 
 

@@ -89,7 +89,7 @@ def twin(module: nn.Module) -> nn.Module:
 
 
 def for_drawing(net: nn.Module, device: torch.device, bf16: bool, compile: bool = False) -> tuple[Callable, Callable]:
-    """net and net.embed as drawing calls them: over the same weights, whatever they become, without dropout, compiled for themselves."""
+    """net and net.embed as drawing calls them: over the same weights, also after they change; without dropout, and compiled apart from training."""
     drawn = twin(net).eval()
     drawn.grad_checkpointing = False
     if compile:
@@ -118,5 +118,5 @@ class Parallel:
         return self.call(z_t, t, y)
 
     def keeps_gradients(self, when: bool) -> AbstractContextManager:
-        """Gradients stay on their rank inside: for all but the last part of an accumulated batch. Sharded ones never stay, since they would be whole there."""
+        """Inside, DDP exchanges no gradients: for all but the last part of an accumulated batch. Sharded ones always are: unexchanged they would take the memory of whole tensors."""
         return self.net.no_sync() if when and isinstance(self.net, DistributedDataParallel) else nullcontext()

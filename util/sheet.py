@@ -22,12 +22,12 @@ def japanese_font() -> str | None:
     return next((path for path in (os.environ.get("JIT_FONT", ""), *carried, *SYSTEM_FONTS) if os.path.isfile(path)), None)
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int = 2) -> str:
-    """Break `text` wherever a line of `width` pixels is full; what does not fit into `lines` ends in '…'."""
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Break `text` wherever a line of `width` pixels is full; what does not fit into two lines ends in '…'."""
     rows = [""]
     for character in text:
         if font.getlength(rows[-1] + character) > width:
-            if len(rows) == lines:
+            if len(rows) == 2:
                 rows[-1] = rows[-1][:-1] + "…"
                 break
             rows.append("")

@@ -80,7 +80,7 @@ class Board:
 
     def close(self) -> None:
         if self.tracker:
-            self._try(lambda: self.tracker.close())
+            self._try(self.tracker.close)
 
     def _try(self, action: Callable[[], None]) -> None:
         try:

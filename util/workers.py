@@ -11,9 +11,22 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.pool import ExceptionWithTraceback
 from typing import Any, TypeVar
 
+import torch
+
+from util import distributed as dist
 from util.errors import UserError, one_line
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def own_cores() -> int:
+    """This process's share of the machine's cores, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) // dist.local_world_size())
+
+
+def loader_options(count: int) -> dict[str, Any]:
+    """Of a DataLoader with so many processes; with a generator of its own, or it would draw from the one that training uses."""
+    return {"num_workers": count, "generator": torch.Generator(), "worker_init_fn": in_worker, "multiprocessing_context": start_method(count)}
 
 
 def start_method(workers: int) -> str | None:
@@ -31,7 +44,7 @@ def in_worker(_: int = 0) -> None:
 
 @contextmanager
 def loader_deaths() -> Iterator[None]:
-    """Raises: UserError where a loader's process died, or met one; torch tells of it wherever the program is, with a traceback in the words."""
+    """Raises: UserError where a loader's process died or raised one; torch may raise either anywhere in the main thread, the traceback in its message."""
     try:
         yield
     except UserError as error:
