@@ -252,10 +252,7 @@ def find(job: TrainJob) -> Saved | None:
     path, start_epoch = beginning(job)
     if path and path.is_dir():
         raise UserError(f"--resume {path} is a model to draw with and holds no run to go on with; begin one with its weights by --init_from {path}")
-    saved = read(path, start_epoch) if path else None
-    if saved and job.train.init_from and not look_up(saved.job, "train.init_from"):
-        raise UserError(f"--init_from {job.train.init_from}: {path} was begun without it; go on with that without --init_from, or name another --output_dir")
-    return saved
+    return read(path, start_epoch) if path else None
 
 
 def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
@@ -333,6 +330,10 @@ def check(saved: Saved, job: Job, base: bool = False) -> None:
         if bool(saved.base) != (job.train.lora_rank is not None):
             raise UserError(
                 f"{saved.path} holds {'adapters alone; give --lora_rank' if saved.base else 'a whole model and no adapters; leave out --lora_rank'}"
+            )
+        if job.train.init_from and not look_up(saved.job, "train.init_from"):
+            raise UserError(
+                f"--init_from {job.train.init_from}: {saved.path} was begun without it; go on with that without --init_from, or name another --output_dir"
             )
         moments.add("resuming")
         if saved.world and not saved.anew:
