@@ -40,6 +40,7 @@ def train(job: TrainJob) -> None:
     saved = resume.find(job)
     if saved:
         resume.check(saved, job)
+        job = resume.begun_with(job, saved)
     stop = Stop()
     try:
         with stop.at_once(lambda: leave_early(stop)):

@@ -263,7 +263,7 @@ def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
     """
     run, start_epoch = job.run, job.train.start_epoch
     own = Path(run.output_dir) / checkpoint.LAST
-    if own.exists() and (began := dist.torchrun_began()) and own.stat().st_mtime > began:
+    if own.exists() and (began := dist.torchrun_began()) is not None and own.stat().st_mtime > began:
         return own, None
     if own.exists() and job.train.init_from:
         say(f"going on with {own}, which was begun with --init_from {job.train.init_from}; for a fresh start name another --output_dir")
@@ -346,6 +346,12 @@ def check(saved: Saved, job: Job, base: bool = False) -> None:
     for rule in RULES:
         if moments & set(rule.when) and rule.kind in ("", kind):
             agree(saved, rule, look_up(ours, rule.field) if says_all else job.given.get(rule.flag))
+
+
+def begun_with(job: TrainJob, saved: Saved) -> TrainJob:
+    """With the checkpoint's --init_from where none is given, so that the run's next checkpoint says it too."""
+    begun = job.train.init_from or look_up(saved.job, "train.init_from")
+    return replace(job, train=replace(job.train, init_from=begun))
 
 
 def agree(saved: Saved, rule: Rule, ours: Any) -> None:

@@ -140,7 +140,10 @@ def read_facts(shard: Path, only: Sequence[str] | None = None) -> tuple[dict[str
     """only: the arrays that are wanted.  Raises: UserError where they are damaged."""
     try:
         with safe_open(facts_beside(shard), "np") as file:
-            return json.loads(file.metadata()["facts"]), {name: file.get_tensor(name) for name in (file.keys() if only is None else only)}
+            facts = json.loads(file.metadata()["facts"])
+            if missing := {"of", "broken", "too_small"} - facts.keys():
+                raise ValueError(f"it does not say {missing.pop()!r}")
+            return facts, {name: file.get_tensor(name) for name in (file.keys() if only is None else only)}
     except Exception as error:  # cut short, no safetensors: safetensors' own exception
         raise UserError(f"{facts_beside(shard)} cannot be read ({one_line(error)}); remove it and {shard.name}, and prepare them again") from error
 

@@ -25,14 +25,18 @@ def files_below(folder: Path, extensions: set[str]) -> dict[str, list[Path]]:
 
 
 def names_below(folder: Path) -> Iterator[Path]:
-    """Of all but folders, at any depth, through links to folders too; a link to a folder that it lies in is not followed: it would lead round for ever."""
+    """Of all but folders, at any depth, through links to folders too, but not to those that are below `folder` anyway or that the link lies in."""
     above: dict[str, set[tuple[int, int]]] = {str(folder): {identity(folder)}}
     for place, folders, names in os.walk(folder, followlinks=True):
         way = above.pop(place)
-        inside = {name: identity(os.path.join(place, name)) for name in folders}
-        folders[:] = [name for name in folders if inside[name] not in way]
+        inside = {name: identity(os.path.join(place, name)) for name in folders if not leads_back(os.path.join(place, name), folder)}
+        folders[:] = [name for name in inside if inside[name] not in way]
         above |= {os.path.join(place, name): way | {inside[name]} for name in folders}
         yield from (Path(place, name) for name in names)
+
+
+def leads_back(path: str, folder: Path) -> bool:
+    return os.path.islink(path) and Path(path).resolve().is_relative_to(folder.resolve())
 
 
 def identity(path: str | Path) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from resume import Weights
 from sampling import Painter, save_pictures
 from util import distributed as dist
 from util.checkpoint import digest
+from util.errors import one_line
 from util.extractors import on_device
 from util.logging import say
 
@@ -49,8 +50,7 @@ def evaluate(
         if batch is None:
             break
         if folder:
-            with warned(folder):
-                save_pictures(folder, *batch, digits=6)
+            folder = saved(folder, batch)
         before = time.perf_counter()
         for measure in measures:
             measure.add(*batch)
@@ -183,10 +183,18 @@ def pictures_folder(path: Path) -> Path:
     return folder
 
 
+def saved(folder: Path, batch: tuple[list[int], Tensor]) -> Path | None:
+    """Where to save the next batch: nowhere, once one could not be."""
+    with warned(folder):
+        save_pictures(folder, *batch, digits=6)
+        return folder
+    return None
+
+
 @contextmanager
 def warned(path: Path) -> Iterator[None]:
     """A full disk costs what was to be written, and not the figures, nor the run that is evaluated."""
     try:
         yield
     except OSError as error:
-        say(f"warning: {path} cannot be written ({error.strerror})")
+        say(f"warning: {path} cannot be written ({one_line(error)})")

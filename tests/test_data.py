@@ -48,9 +48,14 @@ def test_folders_behind_links_are_part_of_the_data_and_links_in_a_circle_end(tex
         (tmp_path / name / "round").symlink_to(text_data / name)
         (tmp_path / name / "itself").symlink_to(tmp_path / name / "itself")
         (tmp_path / name / "nowhere").symlink_to(tmp_path / "nothing")
+    (text_data / "images" / "own").mkdir()
+    (text_data / "images" / "own again").symlink_to(text_data / "images" / "own")
+    (tmp_path / "images" / "0.png").rename(text_data / "images" / "own" / "0.png")
+    (text_data / "captions" / "own").mkdir()
+    (tmp_path / "captions" / "0.txt").rename(text_data / "captions" / "own" / "0.txt")
     data = open_text(text_data)
-    assert [Path(path).relative_to(text_data).as_posix() for path in data.paths] == [f"images/linked/{i}.png" for i in range(8)]
-    assert [*data.captions] == [CAPTIONS[i % len(CAPTIONS)] for i in range(8)]
+    assert [Path(path).relative_to(text_data).as_posix() for path in data.paths] == [*(f"images/linked/{i}.png" for i in range(1, 8)), "images/own/0.png"]
+    assert [*data.captions] == [CAPTIONS[i % len(CAPTIONS)] for i in (*range(1, 8), 0)]
 
 
 def test_files_of_a_tree_without_links_come_in_the_order_of_their_parts(tmp_path):

@@ -382,7 +382,7 @@ def test_weights_are_looked_for_before_anything_else(text_data, llm_folder, ince
         capsys.readouterr()
         run(*argv, "--online_eval", "--save_images", "--num_images", "3", "--epochs", "3", "--resume", str(tmp_path / "out"))
     printed = capsys.readouterr().out
-    assert printed.count("cannot be written (No space left on device)") == 2 and printed.index("no figures  [EMA 1 at step") < printed.index(
+    assert printed.count("cannot be written ([Errno 28] No space left on device)") == 2 and printed.index("no figures  [EMA 1 at step") < printed.index(
         ".json cannot be written"
     )
     assert checkpoint.load(tmp_path / "out" / checkpoint.LAST)["epoch"] == 2

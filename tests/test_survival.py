@@ -453,10 +453,10 @@ def test_the_same_command_goes_on_with_what_it_has_written(text_data, llm_folder
     with monkeypatch.context() as patch:
         StopAfter(patch, 2)
         run(*begun)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     run(*begun)
     assert "2 of its 4 steps done" in capsys.readouterr().out
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     with pytest.raises(UserError, match="--init_from .*other: .*new.* was begun without it; go on with that without --init_from"):
         run(*argv(tmp_path / "new", "--epochs", 4, "--init_from", tmp_path / "other"))
 
@@ -472,16 +472,24 @@ def test_a_restart_by_torchrun_goes_on_with_what_was_written_since_torchrun_bega
 
     ways = {("--resume", out, "--start_epoch", 2): (own, 2), ("--init_from", "x.pth", "--start_epoch", 2): (own, 2), ("--resume", kept): (kept, None)}
     assert {argv: beginning(*argv) for argv in ways} == ways
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert {argv: beginning(*argv) for argv in [*ways, ()]} == dict.fromkeys([*ways, ()], (own, None))
     os.utime(own, (0, 0))
     assert {argv: beginning(*argv) for argv in ways} == ways
     with pytest.raises(UserError, match="is there already; go on with it by --resume"):
         beginning()
-    waiting, now = subprocess.Popen(["sleep", "60"]), time.time()
+    shell = subprocess.Popen(["bash", "-c", "sleep 60; true"])  # with the variable, as a script of torchrun's has it: pytest is what began it
+    monkeypatch.setattr(os, "getppid", lambda: shell.pid)
+    began, now = dist.torchrun_began(), time.time()
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert dist.torchrun_began() is None
+    waiting = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setattr(os, "getppid", lambda: waiting.pid)
-    assert abs(dist.torchrun_began() - now) < 2
-    waiting.kill()
+    assert abs(dist.torchrun_began() - now) < 2 and began < now - 1
+    monkeypatch.setattr(os, "getppid", lambda: 0)  # of another namespace
+    assert dist.torchrun_began() == 0
+    shell.kill(), waiting.kill()
 
 
 def test_within_an_epoch_the_data_must_be_the_same(tmp_path, llm_folder, monkeypatch, capsys):

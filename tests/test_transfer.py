@@ -171,6 +171,9 @@ def test_a_run_begins_with_a_checkpoint_and_goes_on_with_its_own(model, class_da
     said = capsys.readouterr().out
     assert "which was begun with --init_from" in said and "next epoch 1" in said and "tensors copied" not in said
     assert weights(tmp_path / "out")["step"] == 4
+    run(*begin[:-2], "--resume", str(tmp_path / "out"), "--epochs", "3")
+    run(*begin, "--epochs", "4")  # it is still known what it was begun with
+    assert weights(tmp_path / "out")["step"] == 8
 
 
 def test_a_second_stage_keeps_the_statistics_of_the_first(llm_folder, tmp_path):

@@ -48,12 +48,22 @@ def init(device: str) -> torch.device:
 
 
 def torchrun_began() -> float | None:
-    """When torchrun began, in seconds since 1970, if it has restarted this process; else None."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+    """When the torchrun that started this process began, in seconds since 1970; None without one, 0 where it cannot be told."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    _, _, fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")  # proc(5): the name may hold blanks
-    booted = re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.M)
-    return int(booted[1]) + int(fields.split()[19]) / os.sysconf("SC_CLK_TCK")
+    try:
+        pid = os.getppid()
+        while b"TORCHELASTIC_RUN_ID=" in Path(f"/proc/{pid}/environ").read_bytes():  # a shell between the two
+            pid, _ = parent_and_start(pid)
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + parent_and_start(pid)[1]
+    except OSError:
+        return 0.0
+
+
+def parent_and_start(pid: int) -> tuple[int, float]:
+    """The parent of a process, and when the process began, in seconds since the machine did (proc(5))."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name before may hold blanks
+    return int(fields[1]), int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def device_of(device: str) -> torch.device:

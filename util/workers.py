@@ -2,13 +2,13 @@
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.pool import ExceptionWithTraceback
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
@@ -30,8 +30,8 @@ def loader_options(count: int) -> dict[str, Any]:
 
 
 def start_method(workers: int) -> str | None:
-    """How so many loader processes are begun: forked, where that is safe, since the other ways copy the data set into each by pickling it."""
-    return "fork" if workers and sys.platform == "linux" else None
+    """How so many loader processes are begun: forked, since the other ways copy the data set into each by pickling it."""
+    return "fork" if workers else None
 
 
 def in_worker(_: int = 0) -> None:
@@ -71,8 +71,9 @@ def in_processes(work: Callable[[Item], Result], items: Sequence[Item], count: i
     try:
         for _ in range(count):
             ours, theirs = context.Pipe(duplex=False)
-            processes.append(context.Process(target=work_on, args=(work, items, taken, theirs, lifeline), daemon=True))
-            processes[-1].start()
+            process = context.Process(target=work_on, args=(work, items, taken, theirs, lifeline), daemon=True)
+            begin(process, remedy)
+            processes.append(process)
             theirs.close()
             pipes.append(ours)
         while pipes:
@@ -89,6 +90,14 @@ def in_processes(work: Callable[[Item], Result], items: Sequence[Item], count: i
         for process in processes:
             process.join()
         os.close(lifeline[0])
+
+
+def begin(process: BaseProcess, remedy: str) -> None:
+    """Raises: UserError, with the remedy, where the machine has no room for it."""
+    try:
+        process.start()
+    except OSError as error:
+        raise UserError(f"a process cannot be started ({error.strerror}); {remedy}") from error
 
 
 def received(pipe: Connection, remedy: str) -> tuple[int, Any, Exception | None] | None:
