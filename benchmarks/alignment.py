@@ -123,8 +123,9 @@ def mixed() -> Iterator[Experiment]:
     yield usual("mixed-tokens6", "tokens6", data="mixed", thousands=1000)
     yield usual("mixed-tokens6-n3", "tokens6", data="mixed", noise=3.0, thousands=400, judged=400)
     yield usual("mixed-tokens6-begun", "tokens6", data="mixed", noise=3.0, thousands=800, llm="ja-long", begins="long-short", flags=in_memory)
-    yield usual("mixed-tokens6-hard", "tokens6", data="mixed-hard", noise=3.0, thousands=800, llm="ja-long", begins="long-short")
-    yield usual("mixed-tokens6-muon", "tokens6", data="mixed", noise=3.0, lr=BEST["muon"], thousands=400, optimizer="muon")
+    by_muon = {"noise": 3.0, "lr": BEST["muon"], "optimizer": "muon"}
+    yield usual("mixed-tokens6-muon", "tokens6", data="mixed", thousands=400, judged=500, **by_muon)
+    yield usual("mixed-tokens6-muon-hard", "tokens6", data="mixed-hard", thousands=600, begins="mixed-tokens6-muon", **by_muon)
     yield usual("mixed-mmjit", "mmjit", noise=1.5, data="mixed", thousands=1000)
 
 
