@@ -47,7 +47,7 @@ def add(net: nn.Module, rank: int, seed: int) -> None:
 
 
 def write(folder: Path, state: Mapping[str, Any]) -> None:
-    """peft's folder of a checkpoint that holds adapters: their first average.  Raises: OSError."""
+    """peft's folder of a checkpoint that holds adapters: their EMA 1.  Raises: OSError."""
     config_of(state["job"]["train"]["lora_rank"]).save_pretrained(folder)
     tensors = {OF_PEFT + name.removeprefix(PREFIX).replace(f".{NAME}.", "."): value for name, value in state["model_ema1"].items()}
     write_whole(folder / FILE, lambda file: file.write(save(tensors, {"format": "pt", "base": state["base"]})))

@@ -133,7 +133,7 @@ class Saved:
 
     @property
     def best(self) -> dict[str, Tensor]:
-        """The first average, or where there is none the weights."""
+        """EMA 1, or where there is none the weights."""
         return {name: whole(value) for name, value in (self.averages[0] or self.weights).items()}
 
     def close(self) -> None:

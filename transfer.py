@@ -154,7 +154,7 @@ def condition_of(state: Mapping[str, Tensor]) -> str:
 
 
 def transfer(origin: Saved, net: nn.Module, same_text: bool, null: Y) -> Report:
-    """Load what `net` can have of the origin's first average.  Raises: UserError where its blocks are other ones."""
+    """Load what `net` can have of the origin's EMA 1.  Raises: UserError where its blocks are other ones."""
     source = {name.removeprefix(checkpoint.PREFIX): value for name, value in origin.best.items()}
     source.pop("pos_embed", None)  # a fixed table; the network's own is of its own grid
     target = {name: value.cpu() for name, value in net.state_dict().items() if name != "pos_embed"}  # the net may be on a GPU; the origin lies in memory

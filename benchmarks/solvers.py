@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="pictures")
     args = parser.parse_args()
     painter = load_painter(args.run, device="cpu", llm=str(args.run.parent / "llm"))
-    usual = painter.job.drawing.sampler
+    usual = painter.sampler
     prompts, right = {"digits": digits, "scenes": scenes}[args.what](args.count, painter.job.model.img_size)
     wanted = painter(prompts, replace(usual, method="heun", steps=500)).float()
     print(

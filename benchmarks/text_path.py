@@ -165,7 +165,7 @@ def bench_step(args: argparse.Namespace, llm: Path, device: torch.device) -> Non
     actions = {name: variant.step for name, variant in variants.items()}
     stored = variants["store on disk"]
     chosen = choose(text, range(len(text)), max(16, min(64, args.batch_size)))
-    gap = TextGap(chosen, stored.y_of, DiffusionConfig(), 0, args.batch_size, device)
+    gap = TextGap(chosen, stored.conditions, DiffusionConfig(), 0, args.batch_size, device)
     actions["(the text gap, once every --log_freq steps)"] = partial(gap, for_drawing(stored.net, device, device.type == "cuda")[0])
     seconds = medians(actions, args.rounds, device)
     print(f"\ntraining step, {args.model} at {args.img_size} pixels, batch {args.batch_size}, llm-jp-3-{args.llm} shape, {args.rounds} rounds in turn\n")

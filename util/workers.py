@@ -25,13 +25,12 @@ def own_cores() -> int:
 
 
 def loader_options(count: int) -> dict[str, Any]:
-    """Of a DataLoader with so many processes; with a generator of its own, or it would draw from the one that training uses."""
-    return {"num_workers": count, "generator": torch.Generator(), "worker_init_fn": in_worker, "multiprocessing_context": start_method(count)}
+    """Of a DataLoader with so many processes: forked, since the other ways copy the data set into each by pickling it.
 
-
-def start_method(workers: int) -> str | None:
-    """How so many loader processes are begun: forked, since the other ways copy the data set into each by pickling it."""
-    return "fork" if workers else None
+    The generator is its own, or it would draw from the one that training uses.
+    """
+    start = "fork" if count else None
+    return {"num_workers": count, "generator": torch.Generator(), "worker_init_fn": in_worker, "multiprocessing_context": start}
 
 
 def in_worker(_: int = 0) -> None:
