@@ -24,7 +24,7 @@ OUT=${OUT:-output/b16_text}
 GPUS=${GPUS:-8}  # of a node
 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 OMP_NUM_THREADS=1
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head would close the pipe on a long list
 again=
 trap 'again=1; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1  # to what srun started, on all nodes
 

@@ -277,7 +277,7 @@ def test_every_recipe_runs_the_command_that_it_holds(path, tmp_path):
     for program in ("torchrun", "python"):
         (tmp_path / "bin" / program).write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/called\n')
         (tmp_path / "bin" / program).chmod(0o755)
-    for program, does in (("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"'), ("scontrol", "echo node1; echo node2")):
+    for program, does in (("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"'), ("scontrol", "seq -f node%.0f 20000")):  # more than a pipe holds
         (tmp_path / "bin" / program).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / "bin" / program).chmod(0o755)
     environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "DATA": "some data", "OUT": "some/out", "GPUS": "2"}

@@ -478,7 +478,8 @@ def test_a_restart_by_torchrun_goes_on_with_what_was_written_since_torchrun_bega
     assert {argv: beginning(*argv) for argv in ways} == ways
     with pytest.raises(UserError, match="is there already; go on with it by --resume"):
         beginning()
-    shell = subprocess.Popen(["bash", "-c", "sleep 60; true"])  # with the variable, as a script of torchrun's has it: pytest is what began it
+    shell = subprocess.Popen(["bash", "-c", "echo; sleep 60; true"], stdout=subprocess.PIPE)  # with the variable, as a script of torchrun's has it
+    shell.stdout.readline()  # /proc shows an empty environment until the program has begun
     monkeypatch.setattr(os, "getppid", lambda: shell.pid)
     began, now = dist.torchrun_began(), time.time()
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
@@ -486,7 +487,7 @@ def test_a_restart_by_torchrun_goes_on_with_what_was_written_since_torchrun_bega
     waiting = subprocess.Popen(["sleep", "60"])
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setattr(os, "getppid", lambda: waiting.pid)
-    assert abs(dist.torchrun_began() - now) < 2 and began < now - 1
+    assert abs(dist.torchrun_began() - now) < 2 and began < now - 1  # pytest is what began the shell
     monkeypatch.setattr(os, "getppid", lambda: 0)  # of another namespace
     assert dist.torchrun_began() == 0
     shell.kill(), waiting.kill()
