@@ -8,7 +8,6 @@ Sizes: `Nano9` JiT with nine blocks, at the parameters of MMJiT-Nano; `Zero` JiT
 from collections.abc import Iterable
 from functools import partial
 from itertools import compress, product
-from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ import models_mmjit
 from datasets import stream
 from util.parallel import Parallel
 from util.text import Text, Y
+from util.workers import in_processes, own_cores
 
 SIZES = {
     "JiT": {
@@ -176,11 +176,16 @@ def decode(path: str, size: int) -> np.ndarray:
     return plain_picture(stream.PictureDataset([path], stream.View(size)), 0).numpy()
 
 
+def decode_some(paths: Iterable[str], size: int) -> dict[str, np.ndarray]:
+    return {path: decode(path, size) for path in paths}
+
+
 def decode_all(paths: Iterable[str], size: int) -> None:
     """Once, on all cores, for this process and those that are forked from it."""
     paths = list(paths)
-    with get_context("fork").Pool() as pool:
-        pictures.update(zip(paths, pool.map(partial(decode, size=size), paths, chunksize=256)))
+    parts = [paths[first : first + 256] for first in range(0, len(paths), 256)]
+    for _, decoded in in_processes(partial(decode_some, size=size), parts, own_cores(), "try again"):
+        pictures.update(decoded)
 
 
 def picture(dataset: stream.PictureDataset, index: int, n: int | None = None) -> Tensor:

@@ -10,9 +10,10 @@ import math
 import random
 import re
 import sys
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -20,6 +21,7 @@ from PIL import Image, ImageDraw
 from datasets.demo import ADJECTIVES, COLOURS, make_folders, write_pair
 from util.errors import UserError
 from util.randomness import derive
+from util.workers import in_processes, own_cores
 
 Point = tuple[float, float]
 
@@ -399,22 +401,25 @@ def write_scene(root: Path, options: SceneSet, index: int) -> None:
     write_pair(root, f"{index:05d}", picture, lines)
 
 
+def write_some(indices: Iterable[int], root: Path, options: SceneSet) -> None:
+    for index in indices:
+        write_scene(root, options, index)
+
+
 def write_scenes(root: Path, options: SceneSet) -> None:
     """images/NNNNN.png and captions/NNNNN.txt, one wording a line; picture i depends on level, size and seed alone.  On all cores.
 
-    Raises: UserError for what cannot be drawn, and for a folder that holds pictures already.
+    Raises: UserError for what cannot be drawn, for a folder that holds pictures already, and where a process died.
     """
     options.check()
     make_folders(root)
     if any((root / "images").iterdir()):
         raise UserError(f"{root / 'images'} is not empty; remove it, or give --out another folder")
-    write = partial(write_scene, root, options)
-    if options.count < 1000:  # sooner done than processes are made
-        for index in range(options.count):
-            write(index)
-        return
-    with get_context("fork").Pool() as pool:
-        pool.map(write, range(options.count), chunksize=256)
+    numbers = range(options.count)
+    parts = [numbers[first : first + 256] for first in range(0, options.count, 256)]
+    with closing(in_processes(partial(write_some, root=root, options=options), parts, min(own_cores(), len(parts)), f"remove {root} and try again")) as done:
+        for _ in done:
+            pass
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Drawn scenes: what their captions say is what is drawn, nothing held out is trained on, and the judge tells right from wrong."""
 
+import os
 import random
 import re
 import sys
@@ -359,6 +360,10 @@ def test_the_command_lines(tmp_path, monkeypatch, capsys):
             run_main(scenes, monkeypatch, *argv)
     with pytest.raises(UserError, match="not empty"):
         write_scenes(out, SceneSet("two", 1))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="a process died; remove .*killed and try again"):
+        patch.setattr(scenes, "write_scene", lambda *_: os._exit(9))
+        patch.setattr(scenes, "own_cores", lambda: 2)
+        write_scenes(tmp_path / "killed", SceneSet("two", 300))
     text.write_text("\n".join(corpus("ja", lines=200)), encoding="utf-8")
     run_main(tiny_llm, monkeypatch, "--text", str(text), "--out", str(tmp_path / "llm"), "--steps", "1", "--longest", "1")
     assert "on 200 captions" in capsys.readouterr().out
