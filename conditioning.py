@@ -1,6 +1,6 @@
 """What a picture is conditioned on, y: a class label, its caption's pooled features, or the states of its caption's tokens; the null; where y comes from.
 
-The one place that knows the kinds of y. A new one is a class here and a network that reads it.
+A new kind is a class here, the choice of it in text_features.prepare, and a network that reads it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,7 +71,7 @@ def unchanged(features: Tensor) -> Tensor:
 
 
 def norm_of(description: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
-    """What --text_norm says, out of how the features of a model are made."""
+    """The normalisation that a model's description asks for: features (..., width) -> the same shape."""
     if description["text_norm"] == "standardize":
         return FeatureNorm(description["mean"], description["std"])
     return rms_normalized if description["text_norm"] == "rms" else unchanged
@@ -151,10 +151,6 @@ class Conditioning:
     width: int | None = None  # of text features
     frozen: int = 0  # parameters of the LLM
     bytes_each: int = 8  # of a row on its way from a loader's process
-
-
-def of_labels(num_classes: int, prompts: Sequence[int]) -> Conditioning:
-    return Conditioning(LabelConditions(num_classes), torch.tensor(prompts))
 
 
 def expand_null(null: Y | Embedded, count: int) -> Y | Embedded:

@@ -20,6 +20,7 @@ SIZES = {  # models_jit.SIZES and models_mmjit.SIZES say what they are
 }
 CONDITIONS = {("JiT", ""): "labels", ("JiT", "-Text"): "pooled", ("JiT", "-Tokens"): "tokens", ("MMJiT", ""): "tokens"}
 SOLVERS = ("heun", "euler", "ab2", "dpmpp2m")  # denoiser.SOLVERS has them
+WEIGHT_CHOICES = ("1", "2", "raw")  # EMA 1, EMA 2, the network's own weights
 LAYERS = ("last", "-2", "middle", "mean")
 SEVERAL = "--sweep needs several settings to choose from; try --eval_ema 1,2,raw --cfg 1.0:4.0:0.1 --interval 0-1,0.1-1"
 NEIGHBOURHOOD = 3  # nearest neighbours that span the manifold in precision and recall
@@ -151,6 +152,10 @@ class Model(Config):
     class_num: int = flag(1000, "class_num", "classes of a class model", "クラス条件モデルのクラス数", bounds=AT_LEAST_1)
 
     @property
+    def family(self) -> str:
+        return parse_model_name(self.name).family
+
+    @property
     def is_text(self) -> bool:
         return self.condition != "labels"
 
@@ -166,7 +171,7 @@ class Model(Config):
         smaller = self.img_size // patch * patch or patch
         require(self.img_size % patch == 0, f"--img_size {self.img_size} is not a multiple of the patch size {patch} of --model {self.name}; try {smaller}")
         dropout = self.attn_dropout or self.proj_dropout
-        require(not dropout or self.name.startswith("JiT"), f"--attn_dropout and --proj_dropout have no effect on --model {self.name}: MM-JiT has no dropout")
+        require(not dropout or self.family == "JiT", f"--attn_dropout and --proj_dropout have no effect on --model {self.name}: MM-JiT has no dropout")
 
 
 @dataclass(frozen=True)
@@ -514,7 +519,7 @@ class Drawing(Config):
         "eval_ema",
         "weights to draw with: EMA `1` or `2`, or `raw`; for --sweep several: `1,2,raw`",
         "生成に使う重み: EMA `1`、`2`、または EMA なしの `raw`。--sweep では `1,2,raw` のように複数指定できます",
-        choices=("1", "2", "raw"),
+        choices=WEIGHT_CHOICES,
         several="weights",
     )
     batch_size: int | None = flag(
@@ -767,15 +772,24 @@ class PrepareJob:
 
 
 @dataclass(frozen=True)
-class ExportJob(Config):
-    """export.py."""
+class FromCheckpoint(Config):
+    """A program that begins with a checkpoint."""
 
     resume: str = flag(
         "", "resume", "checkpoint file, or folder with checkpoint-last.pth", "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ"
     )
+
+    def check(self) -> None:
+        require(self.resume != "", "--resume FOLDER_OR_FILE: which checkpoint?")
+
+
+@dataclass(frozen=True)
+class ExportJob(FromCheckpoint):
+    """export.py."""
+
     out: str = flag("", "out", "a new folder", "新しいフォルダ")
     weights: str | None = flag(
-        None, "eval_ema", "weights that go out", "書き出す重み", choices=("1", "2", "raw"), shown="1, or those that an exported folder holds"
+        None, "eval_ema", "weights that go out", "書き出す重み", choices=WEIGHT_CHOICES, shown="1, or those that an exported folder holds"
     )
     lora: str | None = flag(None, "lora", "folder with adapters that are merged into the weights", "重みに足し込むアダプタのフォルダ")
     lora_scale: float = flag(1.0, "lora_scale", "how much of them", "足し込む強さ")
@@ -789,36 +803,30 @@ class ExportJob(Config):
     push: str | None = flag(None, "push", "repository on the hub to upload it to", "アップロード先の Hub のリポジトリ")
 
     def check(self) -> None:
-        require(self.resume != "", "--resume FOLDER_OR_FILE: which checkpoint?")
+        super().check()
         require(self.out != "", "--out FOLDER: where to?")
         check_lora(self.lora, self.lora_scale)
 
 
 @dataclass(frozen=True)
-class ConvertJob(Config):
+class ConvertJob(FromCheckpoint):
     """convert_checkpoint.py."""
 
-    resume: str = flag(
-        "", "resume", "checkpoint file, or folder with checkpoint-last.pth", "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ"
-    )
     out: str = flag("", "out", "a new file that ends in .pth", "新しいファイル（末尾は .pth）")
     parts: bool = flag(
         False, "parts", "the tensors go into a folder beside it, as --parallel fsdp writes them", "テンソルは --parallel fsdp と同じく、隣のフォルダに書きます"
     )
 
     def check(self) -> None:
-        require(self.resume != "", "--resume FOLDER_OR_FILE: which checkpoint?")
+        super().check()
         require(self.out != "", "--out FILE: where to?")
 
 
 @dataclass(frozen=True)
-class AppJob(Config):
+class AppJob(FromCheckpoint):
     """app.py."""
 
-    resume: str = flag(
-        "", "resume", "checkpoint file, or folder with checkpoint-last.pth", "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ"
-    )
-    weights: str | None = flag(None, "eval_ema", "weights that draw", "描画に使う重み", choices=("1", "2", "raw"), shown="as the checkpoint says")
+    weights: str | None = flag(None, "eval_ema", "weights that draw", "描画に使う重み", choices=WEIGHT_CHOICES, shown="as the checkpoint says")
     device: str = flag("auto", "device", "auto: a GPU where there is one", "auto は GPU があれば GPU", choices=("auto", "cuda", "cpu"))
     llm: str | None = flag(
         None, "llm_model_name", "where the language model's folder is now", "言語モデルのフォルダの現在の場所", shown="as the checkpoint says"
@@ -848,7 +856,7 @@ class AppJob(Config):
     most_steps: int = flag(250, "most_steps", "steps of the solver at most", "ソルバーのステップ数の上限", bounds=AT_LEAST_1)
 
     def check(self) -> None:
-        require(self.resume != "", "--resume FOLDER_OR_FILE: which checkpoint?")
+        super().check()
         check_lora(self.lora, self.lora_scale)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from config import DiffusionConfig, SamplerConfig
 from util.text import Embedded, Y, joined
 
-Net = Callable[[Tensor, Tensor, Y | Embedded], Tensor]
-VelocityFn = Callable[[Tensor, float], Tensor]
+Net = Callable[[Tensor, Tensor, Y | Embedded], Tensor]  # net(z_t, t, y) -> x_pred: z_t (B, 3, H, W), t (B,)
+VelocityFn = Callable[[Tensor, float], Tensor]  # v_fn(z, t) -> dz/dt, like z; z: (B, 3, H, W) float32, one t for the batch
 LossFn = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -83,6 +83,9 @@ def guided(net: Net, y: Y | Embedded, y_null: Y | Embedded, diffusion: Diffusion
         return null + scale * (v - null)
 
     return v_fn
+
+
+# Solvers: solver(v_fn, z at times[0], times rising from 0 to 1) -> z at times[-1].
 
 
 def euler(v_fn: VelocityFn, z: Tensor, times: Sequence[float]) -> Tensor:

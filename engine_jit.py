@@ -51,7 +51,7 @@ class Training:
     parallel: Parallel  # the network, as training calls it
     loader: DataLoader
     conditions: Conditions
-    null: Y  # theirs, on the device
+    null: Y  # conditions.null, on the device
     objective: Objective
     config: Train
     peak_lr: float
@@ -87,7 +87,7 @@ def batch_loss(net: Net, batch: Batch, training: Training) -> Tensor:
 
 
 def grad_norm_of(parameters: Iterable[Tensor]) -> Tensor:
-    """Collective where they are sharded."""
+    """L2 norm of the gradients of these parameters, ().  Collective where they are sharded."""
     return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
@@ -104,6 +104,7 @@ def take_step(state: TrainState, grad_clip: float | None, skips: Skips) -> Tenso
 
 
 def set_lr(training: Training, epoch: float) -> float:
+    """Set and return the learning rate.  epoch: fractional, 0 at the run's first step."""
     config = training.config
     lr = lr_at(epoch, training.peak_lr, config.warmup_epochs, config.epochs, config.lr_schedule, config.min_lr)
     for group in training.state.optimizer.param_groups:
@@ -112,7 +113,7 @@ def set_lr(training: Training, epoch: float) -> float:
 
 
 def add_gradients(training: Training, batches: Iterator[Batch]) -> Tensor:
-    """Those of one step, in its parts.  Returns: the mean loss, not read."""
+    """Backward passes of one optimizer step, one per accumulation part.  Returns: the mean loss, (), still on the device."""
     losses, parts = [], training.config.accum_iter
     for part in range(parts):
         batch = next(batches)

@@ -1,4 +1,4 @@
-"""The command line: argv -> Job, once.  The only file that knows argparse; below it, functions take configs.
+"""The command line: argv -> Job, once.  Below it, functions take configs.
 
 Flags are the fields of config.py, in groups, and the few here that set no field by themselves. `python flags.py` writes docs/flags.md and docs/ja/flags.md.
 """
@@ -17,6 +17,7 @@ from config import (
     LONG_TEXT,
     NEIGHBOURHOOD,
     SEVERAL,
+    WEIGHT_CHOICES,
     AppJob,
     Averages,
     CacheJob,
@@ -182,7 +183,7 @@ def intervals(text: str) -> tuple[tuple[float, float], ...]:
 
 def weight_names(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if not set(names) <= {"1", "2", "raw"}:
+    if not set(names) <= set(WEIGHT_CHOICES):
         raise argparse.ArgumentTypeError(f"{text}: wanted 1, 2, raw, or several like 1,2,raw")
     return names
 
@@ -314,7 +315,7 @@ def job_of(given: Mapping[str, Any]) -> Job:
 
 def text_of(model: Model, given: Mapping[str, Any]) -> TextSource:
     """What the model reads of a caption; MM-JiT reads longer ones."""
-    longer = {"max_text_len": LONG_TEXT} if model.name.startswith("MMJiT") else {}
+    longer = {"max_text_len": LONG_TEXT} if model.family == "MMJiT" else {}
     text = build(TextSource, longer | given)
     return replace(text, encoder=replace(text.encoder, pooling="tokens" if model.condition == "tokens" else "mean"))
 
@@ -414,9 +415,8 @@ def parse_prepare(argv: Sequence[str] | None = None) -> PrepareJob:
                 shown = "none: pictures alone" if known.name == "llm_model_name" else known.shown
                 parser.add(parser, replace(known, shown=shown), default, kind)
     given = parser.read(argv)
-    for config in (Model, Shards):
-        for known, _, _ in flags_in(config):
-            check_value(known, given.get(known.name))
+    for known, _, _ in flags_in(Model):
+        check_value(known, given.get(known.name))
     text = build(TextConfig, given) if "llm_model_name" in given else None
     idle = [known.name for known, _, _ in flags_in(TextConfig) if known.name in given and not text]
     require(not idle, f"--{'/'.join(idle)} has no effect without --llm_model_name, which encodes the captions too")

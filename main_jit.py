@@ -36,7 +36,7 @@ from util.workers import loader_deaths
 def train(job: TrainJob) -> None:
     """Begin a run, or go on with it."""
     job = resume.on_its_base(job)
-    lock = Lock(writable_folder(job.run.output_dir, "--output_dir"), "--output_dir") if os.environ.get("RANK", "0") == "0" else None
+    lock = Lock(writable_folder(job.run.output_dir, "--output_dir"), "--output_dir") if os.environ.get("RANK", "0") == "0" else None  # no group is joined yet
     saved = resume.find(job)
     if saved:
         resume.check(saved, job)
@@ -48,7 +48,8 @@ def train(job: TrainJob) -> None:
         train_epochs(job, begin(job, prepared, stop))
     finally:
         stop.close()
-        del lock  # until here
+        if lock:
+            lock.free()
 
 
 def train_epochs(job: TrainJob, run: TrainingRun) -> None:
@@ -58,15 +59,15 @@ def train_epochs(job: TrainJob, run: TrainingRun) -> None:
         say(f"nothing to train: {progress.epoch} of --epochs {epochs} epochs are done")
     try:
         owed = run.online and progress.evaluation_due and progress.epoch and not run.online.made(training.state.step)
-        stopped = bool(owed) and not evaluate_online(run, job)
-        if stopped:
+        left = range(progress.epoch, epochs)
+        if owed and not evaluate_online(run, job):
             finish(run, job)
+            left = range(0)
         with closing(batches_of(training.loader)) as batches, loader_deaths():
-            for epoch in range(progress.epoch, 0 if stopped else epochs):
+            for epoch in left:
                 with dist.patience(dist.IN_STEPS):
                     due = engine.train_one_epoch(training, batches, epoch, progress.epoch_step if epoch == progress.epoch else 0)
-                stopped = due.stop or (due.evaluate and not evaluate_online(run, job))
-                if stopped:
+                if due.stop or (due.evaluate and not evaluate_online(run, job)):
                     finish(run, job)
                     break
         run.writer.close()
@@ -81,7 +82,10 @@ def train_epochs(job: TrainJob, run: TrainingRun) -> None:
 
 
 def evaluate_online(run: TrainingRun, job: TrainJob) -> bool:
-    """A signal ends it at once, and the next start makes it anew.  Returns: False where a signal came before.  Collective."""
+    """Run the evaluation that is due.  Returns: False, with nothing run, if a signal to stop came first.
+
+    A signal during it ends the process; the next start repeats it.  Collective.
+    """
     training = run.training
     if training.stop.agreed_now():
         return False
@@ -117,27 +121,28 @@ def generate(job: GenerateJob) -> None:
     """Draw prompts into output_dir/samples/."""
     asked = read_lines(job.prompts_file, "--prompts_file") if job.prompts_file else job.prompts
     job, saved = resume.open_for_drawing(job)
-    prompts, path, which = sampling.as_prompts(job.model, asked or None, engine.test_prompts), saved.path, job.drawing.weights
+    prompts = sampling.as_prompts(job.model, asked or None, engine.test_prompts)
+    path, which = saved.path, job.drawing.weights
     studio = prepare_generation(job, saved, prompts)
     weights, painter = studio.weights, studio.painter
     more = f" and {job.drawing.lora} x {job.drawing.lora_scale:g}" if job.drawing.lora else ""
     say(f"drawing {len(prompts)} prompts with {path}{more} [{describe(which, weights.step, painter.sampler, painter.seed)}]")
     call_out_initial(weights, which)
     with weights.drawing(which):
-        sheet = sampling.generate(painter, studio.conditions.prompts, prompts, Path(job.run.output_dir) / "samples")
+        sheet = sampling.generate(painter, studio.conditioning.prompts, prompts, Path(job.run.output_dir) / "samples")
     say(f"pictures in {sheet.parent}, all of them on {sheet}")
 
 
 def evaluate(job: EvaluateJob | SweepJob) -> None:
     """Once, or under all settings of a sweep; the figures go to TensorBoard too."""
     job, saved = resume.open_for_drawing(job)
-    path, evaluator = saved.path, prepare_evaluation(job, saved)
+    path = saved.path
+    evaluator = prepare_evaluation(job, saved)  # closes the checkpoint
     step, count, which = evaluator.state.step, job.evaluation.num_images, job.drawing.weights
     say(f"evaluating {path}, step {step}")
     with evaluator.on_device():
         if isinstance(job, SweepJob):
-            records, best = run_sweep(evaluator, job.sweep, count)
-            records = [*records, best]
+            records = run_sweep(evaluator, job.sweep, count)
         else:
             call_out_initial(evaluator.state, which)
             records = [evaluator(which, job.drawing.sampler, count)]

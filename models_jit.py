@@ -1,6 +1,6 @@
 """JiT, the plain Transformer on pixel patches (Li and He, "Back to Basics", arXiv:2511.13720).
 
-Shapes: B batch, N patches, T = N + context tokens, C width, p patch size, G = image size / p. The state dict's names, shapes and
+Shapes: B batch, N patches, L text tokens, T = N + context tokens, C width, D head width, p patch size. The state dict's names, shapes and
 layouts are those of the published checkpoints. This file knows no loss, no LLM and no device; text comes in as one vector a picture, or as one a token.
 """
 

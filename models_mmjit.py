@@ -12,10 +12,10 @@ from config import parse_model_name
 from models_jit import BottleneckPatchEmbed, RMSNorm, initialize_linears, run, sincos_table, text_angles, unpatchify
 from util.text import Embedded, Text
 
-Turn = tuple[Tensor, Tensor]  # cosines and sines of the angles of RoPE, (T, D / 2) each, float32: taken once for all blocks
+Rope = tuple[Tensor, Tensor]  # cosines and sines of the angles of RoPE, (T, D / 2) each, float32: taken once for all blocks
 
 
-def turn_of(angles: Tensor) -> Turn:
+def rope_of(angles: Tensor) -> Rope:
     return angles.cos(), angles.sin()
 
 
@@ -26,10 +26,10 @@ def picture_angles(grid: int, head_width: int) -> Tensor:
     return torch.cat([index.flatten()[:, None] * frequencies for index in (row, column)], dim=1)
 
 
-def rotate(x: Tensor, turn: Turn) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """RoPE on pairs (j, j + D / 2).  x: (B, heads, T, D)."""
     first, second = x.float().chunk(2, dim=-1)
-    cos, sin = turn
+    cos, sin = rope
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
 
 
@@ -54,9 +54,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(width // num_heads)
         self.k_norm = RMSNorm(width // num_heads)
 
-    def attend(self, qkv: Tensor, turn: Turn) -> Tensor:  # (B, T, 3 C) -> (B, T, C)
+    def attend(self, qkv: Tensor, rope: Rope) -> Tensor:  # (B, T, 3 C) -> (B, T, C)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
@@ -71,8 +71,8 @@ class TextBlock(Attention):
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, mlp_ratio)
 
-    def forward(self, text: Tensor, turn: Turn) -> Tensor:  # (B, L, C) -> (B, L, C)
-        text = text + self.attn_proj(self.attend(self.qkv(self.norm1(text)), turn))
+    def forward(self, text: Tensor, rope: Rope) -> Tensor:  # (B, L, C) -> (B, L, C)
+        text = text + self.attn_proj(self.attend(self.qkv(self.norm1(text)), rope))
         return text + self.mlp(self.norm2(text))
 
 
@@ -90,11 +90,11 @@ class DoubleBlock(Attention):
             setattr(self, f"{stream}_norm1", RMSNorm(width))
             setattr(self, f"{stream}_qkv", nn.Linear(width, 3 * width))
 
-    def forward(self, text: Tensor, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
-        """text: (B, L, C); x: (B, N, C); turn: of all L + N.  Returns: text and x."""
+    def forward(self, text: Tensor, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """text: (B, L, C); x: (B, N, C); rope: of all L + N.  Returns: text and x."""
         length = text.shape[1]
         qkv = torch.cat([self.txt_qkv(self.txt_norm1(text)), self.img_qkv(self.img_norm1(x))], dim=1)
-        seen = self.attend(qkv, turn)
+        seen = self.attend(qkv, rope)
         x = x + self.img_attn_proj(seen[:, length:])
         x = x + self.img_mlp(self.img_norm2(x))
         if not self.last:
@@ -165,18 +165,18 @@ class MMJiT(nn.Module):
     def embed(self, y: Text) -> Embedded:
         """The caption before it meets the picture, (B, L, C)."""
         text = self.txt_embedder(torch.where(y.mask[..., None], y.states, self.mask_token))
-        turn = turn_of(text_angles(text.shape[1], self.head_width, text.device))
+        rope = rope_of(text_angles(text.shape[1], self.head_width, text.device))
         for block in self.txt_preamble_blocks:
-            text = run(block, text, turn, recompute=self.grad_checkpointing)
+            text = run(block, text, rope, recompute=self.grad_checkpointing)
         return Embedded(text)
 
     def forward(self, z_t: Tensor, t: Tensor, y: Text | Embedded) -> Tensor:
         """z_t: (B, 3, H, W); t: (B,), in [0, 1]; y: (B, L, text_dim), or what `embed` made of it.  Returns: x_pred, (B, 3, H, W)."""
         text = (y if isinstance(y, Embedded) else self.embed(y)).value
         places = torch.cat([text_angles(text.shape[1], self.head_width, text.device), self.angles])
-        x, turn = self.img_embedder(z_t) + self.pos_embed, turn_of(places)
+        x, rope = self.img_embedder(z_t) + self.pos_embed, rope_of(places)
         for block in self.double_blocks:
-            text, x = run(block, text, x, turn, recompute=self.grad_checkpointing)
+            text, x = run(block, text, x, rope, recompute=self.grad_checkpointing)
         return unpatchify(self.final_layer(x), self.patch_size, self.in_channels)
 
 

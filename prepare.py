@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import conditioning
 import engine_jit as engine
 import lora
 import resume
 import sampling
-from conditioning import Conditioning
+from conditioning import Conditioning, LabelConditions
 from config import DrawJob, EvaluateJob, SweepJob, TrainJob, to_plain
 from datasets.prepared import Beside
 from datasets.source import hold_out, make_loader, open_data, workers
@@ -37,7 +36,7 @@ from util.broken import Broken
 from util.ema import averages_of
 from util.errors import need_package
 from util.files import writable_folder
-from util.logging import progress, say
+from util.logging import progress_bar, say
 from util.parallel import Parallel, compiled, to_device, uses_bf16, uses_compile
 from util.parts_writer import PartsWriter
 from util.report import Report, Sizes, first_lines
@@ -56,10 +55,10 @@ def agree_on_data(dataset: PictureDataset | None, saved: Saved | None, path: str
     agree({"the number of pictures in --data_path": len(dataset or ()), "their names (hash)": names, "the checkpoint of --resume": progress})
 
 
-def condition(job: TrainJob | DrawJob, texts: Texts, saved: Saved | None, device: torch.device, origin: Saved | None = None) -> Conditioning:
+def make_conditioning(job: TrainJob | DrawJob, texts: Texts, saved: Saved | None, device: torch.device, origin: Saved | None = None) -> Conditioning:
     """What y is of these texts, or of labels.  origin: the checkpoint of --init_from.  Collective."""
     if not job.text:
-        return conditioning.of_labels(job.model.class_num, texts.prompts)
+        return Conditioning(LabelConditions(job.model.class_num), torch.tensor(texts.prompts))
     found = prepare(source_of(job, len(texts.captions) > 0), texts, saved.text if saved else {}, device, origin.text if origin else None)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the LLM took
@@ -77,32 +76,32 @@ class Studio:
 
     weights: Weights
     painter: sampling.Painter
-    conditions: Conditioning
+    conditioning: Conditioning
 
     def evaluator(self, job: TrainJob | DrawJob, measures: Sequence[Measure], subjects: Mapping[int, Subjects], checkpoint: str | None) -> Evaluator:
         """checkpoint: the file that the weights are of, if they are of one."""
-        made_with = {name: value for name, value in (self.conditions.description or {}).items() if not isinstance(value, Tensor)}
+        made_with = {name: value for name, value in (self.conditioning.description or {}).items() if not isinstance(value, Tensor)}
         precision = "bf16" if uses_bf16(job.run.precision, self.painter.device) else "fp32"
         facts = {"model": job.model.name, "precision": precision, "text": made_with}
         if job.drawing.lora:
             facts["lora"] = lora.describe(job.drawing.lora, job.drawing.lora_scale)
         folder = Path(job.run.output_dir) / "eval"
         return Evaluator(
-            self.weights, self.painter, measures, self.conditions.y_of, subjects, facts, folder, checkpoint, save_images=job.evaluation.save_images
+            self.weights, self.painter, measures, self.conditioning.y_of, subjects, facts, folder, checkpoint, save_images=job.evaluation.save_images
         )
 
 
 def studio_of(job: DrawJob, texts: Texts, saved: Saved, device: torch.device) -> Studio:
     """That of a checkpoint.  Collective."""
-    conditions = condition(job, texts, saved, device)
-    weights = sampling.restored(job, saved, conditions.width, device)
-    return Studio(weights, sampling.make_painter(job, weights.net, conditions.y_of.null, device), conditions)
+    conditioning = make_conditioning(job, texts, saved, device)
+    weights = sampling.restored(job, saved, conditioning.width, device)
+    return Studio(weights, sampling.make_painter(job, weights.net, conditioning.y_of.null, device), conditioning)
 
 
 def prepare_generation(job: DrawJob, saved: Saved, prompts: Sequence) -> Studio:
     device = dist.init(job.run.device)
     writable_folder(job.run.output_dir, "--output_dir")
-    return studio_of(job, Texts((), np.arange(0), prompts=prompts), saved, device)
+    return studio_of(job, Texts(prompts=prompts), saved, device)
 
 
 def prepare_evaluation(job: EvaluateJob | SweepJob, saved: Saved) -> Evaluator:
@@ -121,13 +120,13 @@ def prepare_evaluation(job: EvaluateJob | SweepJob, saved: Saved) -> Evaluator:
     prompts, beside = sampling.as_prompts(model, None, engine.test_prompts), beside_of(job, dataset)
     texts = Texts(planned.captions if model.is_text else (), lines_of(subjects), prompts=prompts, beside=beside)
     studio = studio_of(job, texts, saved, device)
-    forget_captions(dataset, studio.conditions)
+    forget_captions(dataset, studio.conditioning)
     return studio.evaluator(job, planned.measures(job.run.seed), subjects, str(path))
 
 
-def forget_captions(dataset: PictureDataset | None, conditions: Conditioning) -> None:
-    """Where features are looked up by row, the captions' numbers are all that is needed of them."""
-    if dataset and conditions.width and conditions.y_of.in_loader:
+def forget_captions(dataset: PictureDataset | None, conditioning: Conditioning) -> None:
+    """Drop the captions' text where features are looked up by row: only the numbers are needed from here on."""
+    if dataset and conditioning.width and conditioning.y_of.in_loader:
         dataset.captions = ()
 
 
@@ -135,7 +134,7 @@ def forget_captions(dataset: PictureDataset | None, conditions: Conditioning) ->
 
 
 @dataclass(frozen=True)
-class Shares:
+class Split:
     """Which pictures are trained on, which are held out, and what decides their order."""
 
     dataset: PictureDataset
@@ -148,7 +147,7 @@ class Shares:
 class Prepared:
     """All that a run needs before its steps begin."""
 
-    shares: Shares
+    split: Split
     state: TrainState
     studio: Studio
     online: OnlineEvaluation | None  # None without --online_eval
@@ -173,39 +172,38 @@ def prepare_training(job: TrainJob, saved: Saved | None) -> Prepared:
     request = find_requested(evaluation, model, [evaluation.num_images], device) if evaluation else None
     dataset = open_data(job.data, model, job.run.seed)
     agree_on_data(dataset, saved, job.data.path)
-    shares = share_out(job, dataset)
+    split = split_data(job, dataset)
     if saved:
-        resume.check_data(saved, shares.world, job.data.path)
+        resume.check_data(saved, split.world, job.data.path)
     planned = plan(request, job.data, dataset, output_dir) if request else None
     subjects = {evaluation.num_images: planned.subjects(model, evaluation.num_images)} if planned else {}
     prompts = sampling.as_prompts(model, None, engine.test_prompts)
-    texts = training_texts(job, dataset, planned, lines_of(subjects)) if model.is_text else Texts((), np.arange(0), prompts=prompts)
-    conditions = condition(job, texts, saved or (origin if adapters else None), device, origin)
-    forget_captions(dataset, conditions)
+    texts = training_texts(job, dataset, planned, lines_of(subjects), prompts) if model.is_text else Texts(prompts=prompts)
+    conditioning = make_conditioning(job, texts, saved or (origin if adapters else None), device, origin)
+    forget_captions(dataset, conditioning)
     measures = planned.measures(job.run.seed) if planned else []
 
-    state = fresh_state(job, conditions, origin, device)
-    studio = Studio(state, sampling.make_painter(job, state.drawn, conditions.y_of.null, device), conditions)
-    progress = resume.restore(saved, state, shares.world.steps_per_epoch) if saved else Progress(epoch=job.train.start_epoch or 0)
+    state = fresh_state(job, conditioning, origin, device)
+    studio = Studio(state, sampling.make_painter(job, state.drawn, conditioning.y_of.null, device), conditioning)
+    progress = resume.restore(saved, state, split.world.steps_per_epoch) if saved else Progress(epoch=job.train.start_epoch or 0)
     online = None
     if evaluation:
         evaluator = studio.evaluator(job, measures, subjects, None) if measures or job.evaluation.save_images else None
-        online = OnlineEvaluation(evaluator, studio.painter, prompts, conditions.prompts, job.drawing.weights, evaluation.num_images, output_dir)
-    return Prepared(shares, state, studio, online, progress)
+        online = OnlineEvaluation(evaluator, studio.painter, prompts, conditioning.prompts, job.drawing.weights, evaluation.num_images, output_dir)
+    return Prepared(split, state, studio, online, progress)
 
 
-def share_out(job: TrainJob, dataset: PictureDataset) -> Shares:
+def split_data(job: TrainJob, dataset: PictureDataset) -> Split:
     processes = dist.world_size()
     order, held_out = hold_out(dataset, job.data.held_out if job.model.is_text else 0, job.run.seed)
     batch = job.train.effective_batch(processes)
-    return Shares(dataset, order, held_out, World(processes, batch, max(1, len(order) // batch), dataset.fingerprint(job.data.path)))
+    return Split(dataset, order, held_out, World(processes, batch, max(1, len(order) // batch), dataset.fingerprint(job.data.path)))
 
 
-def training_texts(job: TrainJob, dataset: PictureDataset, planned: Plan | None, asked: np.ndarray) -> Texts:
+def training_texts(job: TrainJob, dataset: PictureDataset, planned: Plan | None, asked: np.ndarray, prompts: Sequence[str]) -> Texts:
     """All captions of the data, or a sample of them where features are not kept, or lie beside the pictures; and those that evaluations draw besides."""
     own, beside = len(dataset.captions), beside_of(job, dataset)
     lines = evenly(own, SAMPLE) if job.text.cache == "off" or beside else np.arange(own)
-    prompts = sampling.as_prompts(job.model, None, engine.test_prompts)
     return Texts(planned.captions if planned else dataset.captions, lines, asked[asked >= own], prompts, beside)
 
 
@@ -214,14 +212,14 @@ def beside_of(job: TrainJob | DrawJob, dataset: PictureDataset | None) -> Beside
     return usable_beside(source_of(job, any_captions=True), dataset.beside) if dataset and job.text else None
 
 
-def fresh_state(job: TrainJob, conditions: Conditioning, origin: Saved | None, device: torch.device) -> TrainState:
+def fresh_state(job: TrainJob, conditioning: Conditioning, origin: Saved | None, device: torch.device) -> TrainState:
     """With initial weights, with those of --init_from, or with adapters on those.  The checkpoint is closed."""
-    net, base = sampling.make_network(job, conditions.width, device), ""
+    net, base = sampling.make_network(job, conditioning.width, device), ""
     if origin and job.train.lora_rank:
         base = put_adapters(net, job.train.lora_rank, job.run.seed, origin)
     elif origin:
-        same_text = bool(conditions.description) and alike(origin.text, conditions.description)
-        report = transfer(origin, net, same_text, conditions.y_of.null)
+        same_text = bool(conditioning.description) and alike(origin.text, conditioning.description)
+        report = transfer(origin, net, same_text, conditioning.y_of.null)
         if dist.is_main():
             report.write(Path(job.run.output_dir) / "init_from.txt")
         say(f"begun with {origin.path}, EMA 1: {report}")
@@ -237,7 +235,7 @@ def fresh_state(job: TrainJob, conditions: Conditioning, origin: Saved | None, d
 
 
 def put_adapters(net: nn.Module, rank: int, seed: int, origin: Saved) -> str:
-    """On the weights of --init_from, which stay.  Returns: their hash.  Raises: UserError where they do not fit."""
+    """Load the weights of --init_from, freeze them, add adapters.  Returns: the frozen weights' hash.  Raises: UserError where they do not fit."""
     below = origin.best  # read once: of a checkpoint in parts it is the whole model
     net.load_state_dict(checkpoint.without_prefix(below, net.state_dict(), f"--init_from {origin.path}"))
     lora.add(net, rank, seed)
@@ -247,7 +245,7 @@ def put_adapters(net: nn.Module, rank: int, seed: int, origin: Saved) -> str:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run that takes its steps."""
+    """What the epoch loop needs."""
 
     training: engine.Training
     online: OnlineEvaluation | None
@@ -255,9 +253,9 @@ class TrainingRun:
     writer: checkpoint.Writer
 
 
-def check_shared_memory(job: TrainJob, conditions: Conditioning) -> None:
+def check_shared_memory(job: TrainJob, conditioning: Conditioning) -> None:
     """Calls out batches on their way from the loader's processes that will not fit where they travel."""
-    travels, count = conditions.bytes_each if conditions.y_of.in_loader else 8, workers(job.data)
+    travels, count = conditioning.bytes_each if conditioning.y_of.in_loader else 8, workers(job.data)
     batches = 2 * count * job.train.batch_size * (3 * job.model.img_size**2 + travels)
     room = Path("/dev/shm")
     if room.is_dir() and batches > (free := shutil.disk_usage(room).free):
@@ -268,39 +266,39 @@ def check_shared_memory(job: TrainJob, conditions: Conditioning) -> None:
 
 
 def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
-    """Says what the run is.  Collective."""
-    shares, state, conditions, position = prepared.shares, prepared.state, prepared.studio.conditions, prepared.progress
-    device, world, folder = prepared.studio.painter.device, shares.world, Path(job.run.output_dir)
-    check_shared_memory(job, conditions)
+    """Assemble the run from what is prepared, and print its first lines.  Collective."""
+    split, state, conditioning, position = prepared.split, prepared.state, prepared.studio.conditioning, prepared.progress
+    device, world, folder = prepared.studio.painter.device, split.world, Path(job.run.output_dir)
+    check_shared_memory(job, conditioning)
     steps, bf16, train = world.steps_per_epoch, uses_bf16(job.run.precision, device), job.train
     compile = uses_compile(job.run.compile, device)
     state.net.grad_checkpointing = train.grad_checkpointing == "blocks"
     trained = sum(p.numel() for p in state.net.parameters() if p.requires_grad)
-    for line in first_lines(job, Sizes(trained, conditions.frozen, len(shares.order), len(shares.held_out), steps, workers(job.data)), device, bf16):
+    for line in first_lines(job, Sizes(trained, conditioning.frozen, len(split.order), len(split.held_out), steps, workers(job.data)), device, bf16):
         say(line)
     taken, parts = position.epoch * steps + position.epoch_step, train.accum_iter
     batches = range(taken * parts, train.epochs * steps * parts)
-    sampler = StreamSampler(shares.order, train.batch_size, batches, dist.rank(), world.processes)
-    look_up = conditions.y_of if conditions.y_of.in_loader else None
+    sampler = StreamSampler(split.order, train.batch_size, batches, dist.rank(), world.processes)
+    look_up = conditioning.y_of if conditioning.y_of.in_loader else None
     collate = Collate(look_up, job.diffusion, train.label_drop_prob, job.run.seed)
     skips, board = Skips(device, position.skips), Board(job.run, to_plain(job), state.step)
     writer = PartsWriter(job.save.keep_last, device) if state.copy else checkpoint.Writer(job.save.keep_last, lora.write if state.base else None)
-    bar = progress(train.epochs * steps, "training", initial=taken)
+    bar = progress_bar(train.epochs * steps, "training", initial=taken)
     training = engine.Training(
         state=state,
         parallel=Parallel(state.net, device, bf16, compile),
-        loader=make_loader(shares.dataset, sampler, collate, job.data, device),
-        conditions=conditions.y_of,
-        null=to_device(conditions.y_of.null, device),
+        loader=make_loader(split.dataset, sampler, collate, job.data, device),
+        conditions=conditioning.y_of,
+        null=to_device(conditioning.y_of.null, device),
         objective=Objective(job.diffusion, compiled(v_loss) if compile else v_loss),
         config=train,
         peak_lr=train.peak_lr(world.processes),
         schedule=Schedule(job.save, train.epochs, steps, train.log_freq, job.evaluation is not None),
         report=Report(bar, board, world.effective_batch, skips),
         skips=skips,
-        broken=Broken(folder, len(shares.dataset) + len(shares.dataset.bad), job.data.broken, shares.dataset.bad),
+        broken=Broken(folder, len(split.dataset) + len(split.dataset.bad), job.data.broken, split.dataset.bad),
         stop=stop,
-        save=resume.Saver(writer, state, skips, world, job, conditions.description),
+        save=resume.Saver(writer, state, skips, world, job, conditioning.description),
         gap=text_gap(job, prepared) if job.text else None,
         seed=job.run.seed,
         device=device,
@@ -313,12 +311,12 @@ GAP_PICTURES = (16, 64)
 
 def text_gap(job: TrainJob, prepared: Prepared) -> Callable[[], dict[str, Tensor]]:
     """On as many held-out pictures as a step takes, within GAP_PICTURES: measuring costs about a step."""
-    shares, studio, batch = prepared.shares, prepared.studio, job.train.batch_size
+    split, studio, batch = prepared.split, prepared.studio, job.train.batch_size
     fewest, most = GAP_PICTURES
     size = min(most, max(fewest, batch * dist.world_size()))
-    pictures = shares.held_out[:size].tolist() if len(shares.held_out) else shares.order.first(size)
-    chosen = choose(shares.dataset, pictures, size)
-    gap = TextGap(chosen, studio.conditions.y_of, job.diffusion, job.run.seed, batch, studio.painter.device)
+    pictures = split.held_out[:size].tolist() if len(split.held_out) else split.order.first(size)
+    chosen = choose(split.dataset, pictures, size)
+    gap = TextGap(chosen, studio.conditioning.y_of, job.diffusion, job.run.seed, batch, studio.painter.device)
 
     def measure() -> dict[str, Tensor]:
         with prepared.state.drawing("raw"):

@@ -30,7 +30,7 @@ from util import distributed as dist
 from util.broken import too_many
 from util.errors import need_package
 from util.files import Lock, writable_folder, write_whole
-from util.logging import progress, say
+from util.logging import progress_bar, say
 from util.workers import in_processes
 
 
@@ -122,7 +122,7 @@ def prepare(job: PrepareJob) -> None:
     missing = [piece for piece in pieces if not is_done(out, piece, job)]
     say(f"{job.data.path}: {len(pieces):,} shards of {job.img_size} pixels, {len(missing):,} of them to be made")
     try:
-        with progress(len(missing), "shards", unit="shard") as bar, closing(ENGINES[job.shards.engine](missing, job)) as made:
+        with progress_bar(len(missing), "shards", unit="shard") as bar, closing(ENGINES[job.shards.engine](missing, job)) as made:
             for _ in made:
                 bar.update()
         finish(out, pieces, job)

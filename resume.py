@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import lora
 import released
 from config import (
     SEVERAL,
+    WEIGHT_CHOICES,
     Averages,
     Config,
     Data,
@@ -71,7 +72,7 @@ class Weights:
     @property
     def kept(self) -> tuple[str, ...]:
         """What can draw."""
-        return (self.alone,) if self.alone else ("1", "2", "raw")
+        return (self.alone,) if self.alone else WEIGHT_CHOICES
 
     @contextmanager
     def drawing(self, which: str) -> Iterator[None]:
@@ -117,11 +118,11 @@ class Saved:
     path: Path
     weights: dict[str, Tensor | Spread]  # the network's own, under `net.`
     averages: list[dict[str, Tensor | Spread] | None]
-    optimizer: dict[str, Any]
     progress: Progress
-    world: World | None  # None for a published file
     job: dict[str, Any]  # the configs that made it, plain: as many as it says
     text: dict[str, Any]  # how its text features were made; nothing for a class model
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    world: World | None = None  # None for a published file
     anew: bool = False  # --start_epoch counts: the steps are not the checkpoint's any more
     base: str = ""  # as TrainState has it
     alone: str = ""  # which weights an exported folder holds: an average, or "raw"
@@ -163,10 +164,10 @@ def read(path: Path, start_epoch: int | None = None, flag: str = "--resume") -> 
     """A checkpoint of ours, of any version, an exported folder, or a published one: JiT's, or MiniT2I's folder.  Raises: UserError for what is none of them."""
     if checkpoint.is_released(path):
         weights, job, text = released.read(path, flag)
-        return Saved(path, weights, [weights, weights], {}, Progress(epoch=0), None, job, text)
+        return Saved(path, weights, [weights] * 2, Progress(epoch=0), job, text)
     if checkpoint.is_exported(path):
         found = exported.read(path, flag)
-        return Saved(path, found.weights, [found.weights] * 2, {}, Progress(epoch=0, step=found.step), None, found.job, found.text, alone=found.which)
+        return Saved(path, found.weights, [found.weights] * 2, Progress(epoch=0, step=found.step), found.job, found.text, alone=found.which)
     state = checkpoint.load(path, flag)
     try:
         progress, world = progress_of(state), from_plain(World, state["world"]) if "world" in state else None
@@ -181,7 +182,18 @@ def read(path: Path, start_epoch: int | None = None, flag: str = "--resume") -> 
         raise UserError(f"{flag} {path}: no checkpoint of a JiT ({one_line(error)})") from error
     if start_epoch is not None:
         progress = replace(progress, epoch=start_epoch, epoch_step=0)
-    return Saved(path, state["model"], averages, state.get("optimizer", {}), progress, world, job, text or {}, start_epoch is not None, base)
+    return Saved(
+        path,
+        weights=state["model"],
+        averages=averages,
+        progress=progress,
+        job=job,
+        text=text or {},
+        optimizer=state.get("optimizer", {}),
+        world=world,
+        anew=start_epoch is not None,
+        base=base,
+    )
 
 
 def read_whole(path: Path, flag: str = "--resume") -> Saved:

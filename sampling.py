@@ -27,7 +27,7 @@ from text_features import PinnedModel, conditions_of_prompts
 from util import distributed as dist
 from util.ema import averages_of
 from util.errors import UserError
-from util.logging import progress, say
+from util.logging import progress_bar, say
 from util.parallel import for_drawing, uses_bf16, uses_compile
 from util.randomness import derive, normal
 from util.sheet import captioned_sheet, save_sheet
@@ -96,7 +96,7 @@ class Painter:
         y_of: numbers -> conditions (B, ...).  A progress bar stands on rank 0.
         """
         mine = range(dist.rank(), count, dist.world_size())
-        with progress(len(mine), what, unit="picture") as bar:
+        with progress_bar(len(mine), what, unit="picture") as bar:
             for numbers, pictures in self.paint_in_batches(mine, y_of):
                 yield numbers, pictures
                 bar.update(len(numbers))
@@ -106,7 +106,7 @@ def make_network(job: TrainJob | DrawJob, text_width: int | None, device: torch.
     """With the initial weights that follow from the seed.  text_width: of a text model's features."""
     model = job.model
     torch.manual_seed(derive(job.run.seed, "initial weights", 0))
-    if model.name.startswith("MMJiT"):
+    if model.family == "MMJiT":
         return models_mmjit.build_model(model.name, input_size=model.img_size, text_dim=text_width).to(device)
     net = models_jit.build_model(
         model.name,
@@ -249,8 +249,11 @@ def load_painter(path: str | Path, weights: str | None = None, device: str = "au
     """
     given = {"resume": str(path), "device": device, "trust_remote_code": trust_remote_code}
     given |= ({"eval_ema": (weights,)} if weights else {}) | ({"llm_model_name": llm} if llm else {})
-    text = TextSource(TextConfig(llm or TextConfig.llm, trust_remote_code=trust_remote_code))
+    source = TextSource(TextConfig(llm or TextConfig.llm, trust_remote_code=trust_remote_code))
     run, drawing = Run(resume=str(path), device=device), Drawing(weights=weights or "1")
-    job, saved = resume.open_for_drawing(GenerateJob(Model(), DiffusionConfig(), Data(), text, Averages(), drawing, run, given, prompts=(), prompts_file=None))
-    place, made = dist.init(device), {name: value.clone() if isinstance(value, Tensor) else value for name, value in saved.text.items()}
-    return LoadedPainter(job, restored(job, saved, made.get("width"), place), made, place)
+    job, saved = resume.open_for_drawing(
+        GenerateJob(Model(), DiffusionConfig(), Data(), source, Averages(), drawing, run, given, prompts=(), prompts_file=None)
+    )
+    text = {name: value.clone() if isinstance(value, Tensor) else value for name, value in saved.text.items()}  # restored() closes the mapped file
+    place = dist.init(device)
+    return LoadedPainter(job, restored(job, saved, text.get("width"), place), text, place)

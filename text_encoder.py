@@ -138,10 +138,12 @@ class TextEncoder:
 
     @torch.inference_mode()
     def pooled(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Mean over valid tokens: (B, L, width), (B, L) -> (B, width)."""
         mask = mask.to(self.device)
         return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
+        """(B, width) float32 on the encoder's device."""
         ids, mask = self.tokenize(captions)
         return self.pooled(self.states(ids, mask), mask)
 

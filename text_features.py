@@ -27,7 +27,7 @@ from util import hub
 from util.errors import UserError
 from util.feature_store import FeatureRows, FeatureStore
 from util.files import beside, writable_folder
-from util.logging import progress, say
+from util.logging import progress_bar, say
 from util.text import PackedText, Text, Y
 
 SAMPLE = 4096  # captions that --text_cache off measures lengths and statistics on, and whose tokens say how large a store of tokens will be
@@ -43,8 +43,8 @@ class Texts(Sequence):
     Statistics are taken of the training lines alone.  beside: where the features of the first len(beside) captions lie, if they lie beside their pictures.
     """
 
-    captions: Sequence[str]
-    training_lines: np.ndarray
+    captions: Sequence[str] = ()
+    training_lines: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     other_lines: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     prompts: Sequence[str] = ()
     beside: Beside | None = None
@@ -92,7 +92,7 @@ def encode_shares(
     others = [part for i, part in enumerate(parts) if i % dist.world_size() != dist.rank()] if done else []
     for share in (own, others):
         random.SystemRandom().shuffle(share)
-    with progress(sum(map(len, own)), "captions", unit="caption") as bar:
+    with progress_bar(sum(map(len, own)), "captions", unit="caption") as bar:
         for i, part in enumerate(own + others):
             if not (done and done(keys[part])):
                 yield keys[part], encoded(encoder, texts, keys, part)
@@ -103,13 +103,13 @@ def in_memory(encoder: TextEncoder, texts: Sequence[str], keys: np.ndarray) -> F
     """Features of all `texts` on every rank.  Collective."""
     mine = [arrays for _, arrays in encode_shares(encoder, texts, keys, disk.first_of_each(keys))]
     mine.append(encoded(encoder, texts, keys, np.arange(0)))  # a rank may have no share
-    return joined(mine, dist.gather_rows)
+    return join_parts(mine, dist.gather_rows)
 
 
-def joined(parts: Sequence[dict[str, Tensor]], gather: Callable[[Tensor], Tensor]) -> FeatureRows:
+def join_parts(parts: Sequence[dict[str, Tensor]], gather: Callable[[Tensor], Tensor]) -> FeatureRows:
     """Parts as a store's shards hold them, as one."""
     for arrays in parts:
-        if "offsets" in arrays:  # of a part; told by what they enclose while the parts are joined
+        if "offsets" in arrays:  # counted from each part's start: differences while joining, summed again below
             arrays["offsets"] = arrays["offsets"].diff()
     found = {name: gather(torch.cat([arrays[name] for arrays in parts])) for name in parts[0]}
     if "offsets" in found:
@@ -310,11 +310,11 @@ class RowsBeside:
 
 @dataclass(frozen=True)
 class Lookup:
-    """Features of texts, and the rows of what is asked first."""
+    """Features, and the rows in them of training captions, prompts and the empty string."""
 
     features: FeatureRows
     own: np.ndarray  # rows of the training lines
-    extra: np.ndarray  # of the prompts, and of nothing
+    extra: np.ndarray  # of the prompts, and of the empty string
     row_of: np.ndarray | RowsBeside | None  # of every caption; None where the LLM reads captions in every step
     encoder: TextEncoder | None = None  # where it had to be loaded
 
@@ -384,21 +384,22 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
     noted = texts.beside.statistics if texts.beside else {}
     description |= statistics_of(features, distinct, source, {**noted, **(origin if same else saved)})
     norm = norm_of(description)
+    live = found.row_of is None
     if source.encoder.pooling == "tokens":
-        live, stored, last = LiveTokens, StoredTokens, length
+        y_of = LiveTokens(found.encoder, texts.captions, length, norm) if live else StoredTokens(features, found.row_of, length, norm)
     else:
-        live, stored, last = LiveText, StoredText, read_rows(features, found.extra[-1:], source.encoder, norm)
-    conditions = live(found.encoder, texts.captions, last, norm) if found.row_of is None else stored(features, found.row_of, last, norm)
+        null = read_rows(features, found.extra[-1:], source.encoder, norm)
+        y_of = LiveText(found.encoder, texts.captions, null, norm) if live else StoredText(features, found.row_of, null, norm)
     frozen = found.encoder.parameters if found.encoder else (disk.read_manifest(folder) or {}).get("parameters", 0)
     prompts = read_rows(features, found.extra[:-1], source.encoder, norm)
-    return Conditioning(conditions, prompts, description, features.width, frozen, bytes_each(features, distinct, source.encoder))
+    return Conditioning(y_of, prompts, description, features.width, frozen, bytes_each(features, distinct, source.encoder))
 
 
 def conditions_of_prompts(encoder: TextEncoder, prompts: Sequence[str], norm: Callable[[Tensor], Tensor]) -> tuple[Tensor | PackedText, Y]:
     """y of prompts and of nothing, encoded together as one process does in `prepare`, so that the numbers are the same to the bit."""
-    texts, config = Texts((), np.arange(0), prompts=prompts), encoder.config
+    texts, config = Texts(prompts=prompts), encoder.config
     keys = texts.keys()
-    features = joined([encoded(encoder, texts, keys, part) for part in in_parts(disk.first_of_each(keys))], lambda rows: rows.cpu())
+    features = join_parts([encoded(encoder, texts, keys, part) for part in in_parts(disk.first_of_each(keys))], lambda rows: rows.cpu())
     rows = features.find(keys)
     null = Text.null(config.max_text_len, features.width) if config.pooling == "tokens" else read_rows(features, rows[-1:], config, norm)
     return read_rows(features, rows[:-1], config, norm), null

@@ -99,7 +99,7 @@ class Transfer:
         self.values[name], self.report.made[name] = value, of
 
     def joint_text(self) -> set[str]:
-        """MM-JiT's text stream.  Returns: the names that are its matter."""
+        """MM-JiT's text stream.  Returns: the names it handles."""
         names = {"txt_embedder.weight", "mask_token"}
         if self.same_text:
             self.copy(*names)
@@ -112,7 +112,7 @@ class Transfer:
         return names
 
     def condition(self) -> set[str]:
-        """JiT's embedder of y.  Returns: the names that are its matter."""
+        """JiT's embedder of y.  Returns: the names it handles."""
         source, target = self.source, self.target
         names = {name for name in target if name.startswith("y_embedder.")}
         before, now = condition_of(source), condition_of(target)

@@ -86,9 +86,9 @@ class Refined(models_jit.TokenProjector):
         models_jit.initialize_linears(self.blocks)
 
     def forward(self, y: Text) -> Tensor:
-        text, turn = super().forward(y), models_mmjit.turn_of(models_mmjit.text_angles(y.mask.shape[1], self.head_width, y.mask.device))
+        text, rope = super().forward(y), models_mmjit.rope_of(models_mmjit.text_angles(y.mask.shape[1], self.head_width, y.mask.device))
         for block in self.blocks:
-            text = block(text, turn)
+            text = block(text, rope)
         return text
 
 

@@ -37,7 +37,7 @@ from resume import TrainState
 from util import checkpoint, parallel
 from util.ema import averages_of
 from util.files import write_whole
-from util.logging import progress, say
+from util.logging import progress_bar, say
 from util.lr_sched import lr_at
 from util.metrics import Moments, frechet_distance
 from util.skips import Skips
@@ -322,7 +322,7 @@ def run_all(experiments: Sequence[Experiment], found: Found, out: Path, jobs: in
     left = [one for one in dict.fromkeys(experiments) if one not in found]
     if not left:
         return
-    bar = progress(len(left), "networks", unit="network")
+    bar = progress_bar(len(left), "networks", unit="network")
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = {pool.submit(run_one, one, out, compile): one for one in left}
         for done in as_completed(waiting):

@@ -12,7 +12,7 @@ from config import Data, PrepareJob
 from datasets.captioned import Rows
 from datasets.parquet import find_pictures
 from datasets.prepared import left_out
-from datasets.shards import Made, Making, prepare_shard, read_facts, shard_name
+from datasets.shards import Making, ShardWriter, prepare_shard, read_facts, shard_name
 from datasets.source import FORMATS, check_bad, check_missing, format_of, packed_in
 from datasets.tar import find_in_shard
 from util.errors import UserError
@@ -52,7 +52,7 @@ def making_of(job: PrepareJob) -> Making:
     return Making(job.img_size, job.shards.image_format, job.shards.min_size)
 
 
-def said_of(piece: Piece, job: PrepareJob) -> str:
+def identity_of(piece: Piece, job: PrepareJob) -> str:
     """What a piece is: a file by name and size, rows by their names and captions."""
     if piece.file:
         column = f", captions of {job.data.caption_column}" if job.data.caption_column else ""
@@ -71,7 +71,7 @@ def check_made(pieces: Sequence[Piece], job: PrepareJob) -> None:
         facts, _ = read_facts(shard, only=())
         if facts["making"] != making_of(job)._asdict():
             raise UserError(f"{shard} was made with {facts['making']}, and this is {making_of(job)._asdict()}; name another --out")
-        if facts["of"] != (of := said_of(piece, job)):
+        if facts["of"] != (of := identity_of(piece, job)):
             raise UserError(f"{shard} was made of other data ({facts['of']}; --data_path {job.data.path} has {of} there now); name another --out")
 
 
@@ -98,7 +98,7 @@ def make(piece: Piece, job: PrepareJob) -> int:
             else find_pictures([piece.file], data.image_column, data.caption_column)
         )
         which = range(len(rows.paths))
-    prepare_shard(Path(job.shards.out), piece.number, rows, which, Made(making_of(job), said_of(piece, job), job.data.broken))
+    prepare_shard(Path(job.shards.out), piece.number, rows, which, ShardWriter(making_of(job), identity_of(piece, job), job.data.broken))
     return piece.number
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -119,7 +119,7 @@ def of_kept(number: int, arrays: Mapping[str, np.ndarray], kept: np.ndarray) -> 
 
 
 def cumulated(folder: Path, name: str, becomes: str, count: int) -> None:
-    """Numbers of uint32 in a file to their sums, of uint64, from 0 on."""
+    """A file of uint64 running sums, from 0 on, of a file of uint32 counts, which goes."""
     numbers = np.memmap(folder / name, "<u4", "r") if count else np.empty(0, "<u4")
     total = 0
     with open(folder / becomes, "wb") as file:
@@ -207,7 +207,7 @@ class PreparedPictures(CaptionedPictures):
             raise UserError(f"--data_path {path} was prepared at {size} pixels, and --img_size is {view.img_size}; prepare it again at that size")
         shards = [str(path / name) for name in self.facts["shards"]]
         self.paths, self.view, self.seed = Names(shards, places), view, seed
-        self.captions, self.read = MappedStrings(ends, block), MappedPictures(shards, places)
+        self.captions, self.read = MappedStrings(ends, block), Pictures(shards, places[["shard", "offset", "size"]])
 
     def picture(self, index: int, n: int | None = None) -> Tensor:
         """As it lies there, where that is all that is asked for."""
@@ -217,11 +217,3 @@ class PreparedPictures(CaptionedPictures):
 
     def fingerprint(self, root: str | Path) -> str:
         return self.facts["fingerprint"]
-
-
-class MappedPictures(Pictures):
-    """As Pictures, out of an index."""
-
-    def __call__(self, i: int) -> BinaryIO:
-        place = self.places[i]
-        return self.at(self.shards[place["shard"]], int(place["offset"]), int(place["size"]))

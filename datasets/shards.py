@@ -51,20 +51,20 @@ def facts_beside(shard: Path) -> Path:
     return shard.with_suffix(".safetensors")
 
 
-def prepare_shard(out: Path, number: int, rows: Rows, which: range, made: "Made") -> Path:
+def prepare_shard(out: Path, number: int, rows: Rows, which: range, writer: "ShardWriter") -> Path:
     """The shard of those rows; one that is there is whole, and stays as it is.  Raises: OSError; UserError for what is broken, if that is asked for."""
     shard = out / shard_name(number)
     if not shard.exists():
         features_beside(shard).unlink(missing_ok=True)  # of a shard that was here before, and other captions
-        made.lack(rows.bad)
-        write_whole(shard.with_suffix(".tar.part"), partial(made.write, rows=rows, which=which), shared=True)
-        write_whole(facts_beside(shard), lambda file: file.write(made.facts()), shared=True)
+        writer.note_broken(rows.bad)
+        write_whole(shard.with_suffix(".tar.part"), partial(writer.write, rows=rows, which=which), shared=True)
+        write_whole(facts_beside(shard), lambda file: file.write(writer.facts()), shared=True)
         with suppress(FileNotFoundError):  # another process made it too, and was quicker
             shard.with_suffix(".tar.part").rename(shard)
     return shard
 
 
-class Made:
+class ShardWriter:
     """A shard as it is written, and what is known of its samples then.  of: what it is made of; policy: --bad_images, "error" or "skip"."""
 
     def __init__(self, making: Making, of: str, policy: str):
@@ -76,7 +76,7 @@ class Made:
         self.broken: list[str] = []
         self.too_small = 0
 
-    def lack(self, lines: Sequence[str]) -> None:
+    def note_broken(self, lines: Sequence[str]) -> None:
         """What cannot be used.  Raises: UserError under --bad_images error."""
         check_allowed(lines, self.policy)
         self.broken += lines
@@ -89,7 +89,7 @@ class Made:
                     raw = rows.read(i).read() if rows.read else Path(rows.paths[i]).read_bytes()
                     picture, size = self.square(raw)
                 except Exception as error:  # decoders raise nearly anything
-                    self.lack([f"{rows.paths[i]}: {one_line(error)}"])
+                    self.note_broken([f"{rows.paths[i]}: {one_line(error)}"])
                     continue
                 if picture is None:
                     self.too_small += 1

@@ -235,7 +235,7 @@ class BlockShuffle:
 
 
 class StreamSampler(Sampler):
-    """(index, n) of one rank's samples, from where the run begins or goes on to its last step: epochs are none of its matter.
+    """(index, n) of one rank's samples, from where the run begins or goes on to its last step; it knows nothing of epochs.
 
     A global batch is batch_size x world samples in a row, cut among the ranks; an accumulated step is several of them.
     Args: order: of the pictures that are trained on; batches: the numbers of the global batches.

@@ -22,7 +22,7 @@ from datasets.text_image import EXTENSIONS
 from util import distributed as dist
 from util.errors import UserError
 from util.files import write_whole
-from util.logging import progress, say
+from util.logging import progress_bar, say
 from util.workers import in_processes, own_cores
 
 VERSION = 1
@@ -89,11 +89,7 @@ class Pictures:
 
     def __call__(self, i: int) -> BinaryIO:
         shard, offset, size = self.places[i].tolist()
-        return self.at(self.shards[shard], offset, size)
-
-    @staticmethod
-    def at(shard: str, offset: int, size: int) -> BinaryIO:
-        value = os.pread(open_shard(shard).fileno(), size, offset)
+        value = os.pread(open_shard(self.shards[shard]).fileno(), size, offset)
         if len(value) < size:
             raise ValueError(f"cut short: {len(value)} of {size} bytes")
         return io.BytesIO(value)
@@ -115,7 +111,7 @@ def index_missing(shards: Sequence[Path], caption_column: str | None, folder: Pa
         say(f"{len(wanted)} of {len(shards)} tar files are indexed once, in {folder}")
         mine = wanted[dist.rank() :: dist.world_size()]
         facts = {number: facts_of(shards[number], caption_column) for number in mine}  # of before: a shard may still be written to
-        with progress(len(mine), "index", unit="file") as bar, closing(make_indices(shards, mine, caption_column)) as made:
+        with progress_bar(len(mine), "index", unit="file") as bar, closing(make_indices(shards, mine, caption_column)) as made:
             for number, index in made:
                 if not keep(kept_at(folder, shards[number]), index, facts[number]):
                     unkept[number] = index

@@ -25,7 +25,7 @@ def files_below(folder: Path, extensions: set[str]) -> dict[str, list[Path]]:
 
 
 def names_below(folder: Path) -> Iterator[Path]:
-    """Of all but folders, at any depth, through links to folders too, but not to those that are below `folder` anyway or that the link lies in."""
+    """All files below `folder`, through links to folders too, except those that lead back into `folder` or to a folder that the link lies in."""
     above: dict[str, set[tuple[int, int]]] = {str(folder): {identity(folder)}}
     for place, folders, names in os.walk(folder, followlinks=True):
         way = above.pop(place)
@@ -73,5 +73,5 @@ def find_pairs(root: Path) -> Rows:
         + problem("caption files without a picture", [name for name in texts if name not in pictures])
     )
     pairs = [(path, texts[name]) for name, paths in pictures.items() if texts.get(name) for path in paths]
-    twins = len(pairs) - len({(status.st_dev, status.st_ino) for status in (path.stat() for path, _ in pairs)})
+    twins = len(pairs) - len({identity(path) for path, _ in pairs})
     return Rows([str(path) for path, _ in pairs], [lines for _, lines in pairs], problems=problems, twins=twins)

@@ -155,7 +155,10 @@ class Evaluator:
 
     def _hash(self, weights: str) -> str:
         """Of the network as it computes now."""
-        return self.hashes.get((weights, self.state.step)) or self.hashes.setdefault((weights, self.state.step), digest(self.state.drawn.state_dict()))
+        key = (weights, self.state.step)
+        if key not in self.hashes:
+            self.hashes[key] = digest(self.state.drawn.state_dict())
+        return self.hashes[key]
 
     def _made(self, subjects: Subjects, seconds: Mapping[str, float]) -> dict[str, Any]:
         device = self.painter.device

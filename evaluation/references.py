@@ -15,12 +15,12 @@ from util import distributed as dist
 from util.errors import UserError
 from util.extractors import AT_A_TIME, Extractor, on_device
 from util.files import beside, writable_folder
-from util.logging import progress, say
+from util.logging import progress_bar, say
 from util.workers import loader_deaths, loader_options
 
 
 def spread(i: int, size: int, count: int) -> int:
-    """Item of `size` that number i of `count` is: evenly spread where there are fewer numbers than items, else round and round."""
+    """Index below `size` of the i-th of `count` picks: evenly spaced if count < size, else cycling."""
     return i * size // count if count < size else i % size
 
 
@@ -55,7 +55,7 @@ def read_pictures(dataset: PictureDataset, chosen: Sequence[int], num_workers: i
     """
     share = _Share(dataset, chosen)
     loader = DataLoader(share, AT_A_TIME, collate_fn=_stacked, **loader_options(num_workers))
-    with progress(len(share), "reference", unit="picture") as bar, loader_deaths():
+    with progress_bar(len(share), "reference", unit="picture") as bar, loader_deaths():
         for count, places, pictures in loader:
             if places:
                 yield places, pictures

@@ -20,11 +20,11 @@ def settings_of(sweep: Sweep, sampler: SamplerConfig) -> Iterator[tuple[str, Sam
                     yield which, replace(sampler, cfg_scale=scale, cfg_interval=interval)
 
 
-def run_sweep(evaluator: Evaluator, sweep: Sweep, count: int) -> tuple[list[Record], Record]:
+def run_sweep(evaluator: Evaluator, sweep: Sweep, count: int) -> list[Record]:
     """All combinations with `sweep.images` pictures, as the paper chooses EMA and cfg (arXiv:2511.13720, table 9), then the best FID's with `count`.  Collective.
 
     Combinations measured before are not measured again, so a sweep that was killed goes on.
-    Returns: the records of the sweep, and that of the best.
+    Returns: the sweep's records, and last that of the best with `count` pictures.
     """
     for which in sweep.weights:
         call_out_initial(evaluator.state, which)
@@ -41,7 +41,8 @@ def run_sweep(evaluator: Evaluator, sweep: Sweep, count: int) -> tuple[list[Reco
     which, sampler = points[records.index(best)]
     if sampler.cfg_scale in {min(sweep.scales), max(sweep.scales)} - {1} and len(set(sweep.scales)) > 2:
         say(f"the best cfg, {sampler.cfg_scale:g}, is at the end of the range: a wider --cfg may hold a better one")
-    return records, evaluator(which, sampler, count) if evaluator.save_images else known_or_measured(evaluator, which, sampler, count)
+    final = evaluator(which, sampler, count) if evaluator.save_images else known_or_measured(evaluator, which, sampler, count)
+    return [*records, final]
 
 
 def known_or_measured(evaluator: Evaluator, which: str, sampler: SamplerConfig, count: int) -> Record:

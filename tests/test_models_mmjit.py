@@ -10,7 +10,7 @@ from test_models import Devices, rms
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models_jit import sincos_table
-from models_mmjit import SIZES, build_model, picture_angles, rotate, text_angles, turn_of
+from models_mmjit import SIZES, build_model, picture_angles, rope_of, rotate, text_angles
 from util.text import Text
 
 RELEASED = {"MMJiT-B/16": 258.1, "MMJiT-B/32": 260.2, "MMJiT-L/16": 911.8}  # millions of parameters in the files, for a text encoder 1024 wide
@@ -199,7 +199,7 @@ def test_rope_turns_pairs_half_a_head_apart():
         for j in range(d // 2):
             wanted = torch.zeros(len(angle), d)
             wanted[:, j], wanted[:, j + d // 2] = angle[:, j].cos(), angle[:, j].sin()
-            torch.testing.assert_close(rotate(x[j].expand(1, 1, len(angle), d), turn_of(angle))[0, 0], wanted)
+            torch.testing.assert_close(rotate(x[j].expand(1, 1, len(angle), d), rope_of(angle))[0, 0], wanted)
     picture = picture_angles(grid, d).view(grid, grid, d // 2)
     assert torch.equal(picture[:, :1, : d // 4].expand(-1, grid, -1), picture[..., : d // 4]) and not picture[0, :, : d // 4].any()  # the row
     assert torch.equal(picture[:1, :, d // 4 :].expand(grid, -1, -1), picture[..., d // 4 :]) and not picture[:, 0, d // 4 :].any()  # the column
@@ -213,8 +213,8 @@ def test_where_a_token_stands_matters():
     changes = (drawn - shifted).flatten(1).abs().amax(1)
     assert (changes[1:] > 1e-4).all() and changes[0] == 0  # a caption of mask tokens alone is the same, shifted
     block, angles, text, order = net.txt_preamble_blocks[0], text_angles(7, 32), torch.randn(2, 7, 128), [3, 0, 1, 2, 6, 5, 4]
-    torch.testing.assert_close(block(text[:, order], turn_of(angles[order])), block(text, turn_of(angles))[:, order])  # by nothing but its angle
-    torch.testing.assert_close(block(text, turn_of(angles + angles[3])), block(text, turn_of(angles)))  # and by that only relatively
+    torch.testing.assert_close(block(text[:, order], rope_of(angles[order])), block(text, rope_of(angles))[:, order])  # by nothing but its angle
+    torch.testing.assert_close(block(text, rope_of(angles + angles[3])), block(text, rope_of(angles)))  # and by that only relatively
 
 
 @pytest.mark.parametrize("bf16", [False, True])

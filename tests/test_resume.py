@@ -28,7 +28,7 @@ TEXT = {"llm": "a/b", "layer": "mean", "max_text_len": 77, "text_norm": "standar
 def saved_of(trained, text=None, **changed):
     """A checkpoint of that job, without a file."""
     world = World(1, 128, 10, "data")
-    return replace(resume.Saved(Path("x.pth"), {}, [None, None], {}, Progress(1, 0, 10), world, to_plain(trained), text or {}), **changed)
+    return replace(resume.Saved(Path("x.pth"), {}, [None, None], Progress(1, 0, 10), to_plain(trained), text or {}, world=world), **changed)
 
 
 TEXT_RUN = ["--model", "JiT-B/16-Text", "--llm_model_name", "a/b"]

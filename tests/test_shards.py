@@ -23,7 +23,7 @@ import prepare_data
 from benchmarks.ray_nodes import hashes as sha_of_shards
 from datasets import pieces
 from datasets.prepared import FACTS, INDEX, PreparedPictures
-from datasets.shards import Made, shard_name
+from datasets.shards import ShardWriter, shard_name
 from datasets.source import hold_out
 from datasets.stream import BlockShuffle, StreamSampler, View
 from flags import parse_prepare
@@ -224,7 +224,7 @@ def test_what_cannot_be_used_is_told_in_one_line(large_data, tmp_path):
 def test_a_shard_is_whole_or_not_there(large_data, tmp_path, monkeypatch):
     from datasets import shards
 
-    monkeypatch.setattr(shards.Made, "facts", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(shards.ShardWriter, "facts", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="cannot be written .*No space left"):
         prepare(large_data, tmp_path / "out")
     assert not [*(tmp_path / "out").glob("shard-*.tar")]
@@ -241,7 +241,7 @@ def test_a_process_that_dies_ends_the_preparation_in_one_line(large_data, tmp_pa
     def work():
         signal.alarm(30)  # or it would wait for ever
         two_cores()
-        Made.square = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        ShardWriter.square = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         prepare(large_data, tmp_path / "out", "--shard_pictures", 4, "--num_workers", 2)
 
     assert ended(child(work)) == 1
@@ -254,7 +254,7 @@ def test_processes_that_make_shards_end_at_once_with_the_one_that_they_work_for(
 
     def work():
         two_cores()
-        Made.square = lambda *_: os.write(writing, b"x") and time.sleep(60)
+        ShardWriter.square = lambda *_: os.write(writing, b"x") and time.sleep(60)
         prepare(large_data, tmp_path / "out", "--shard_pictures", 4, "--num_workers", 2)
 
     pid = child(work)
@@ -335,7 +335,7 @@ def test_features_are_added_to_shards_that_are_there_and_made_once(told_data, ll
     out, llm = prepare(told_data, tmp_path / "out", "--shard_pictures", 4), llm_folder()
     before = hashes(out)
     with monkeypatch.context() as patch:
-        patch.setattr(Made, "square", None)  # no picture is read again
+        patch.setattr(ShardWriter, "square", None)  # no picture is read again
         prepare(told_data, out, "--shard_pictures", 4, "--llm_model_name", llm)
     stored = {path.name: path.read_bytes() for path in (out / "text_cache").iterdir()}
     assert hashes(out) == before and len(stored) == 3 + 1 + 1  # shards, prompts, manifest

@@ -31,7 +31,7 @@ def mmjit(name="MMJiT-Nano/4", seed=0, text_dim=24):
 
 def saved(net, path="origin.pth", name=None):
     state = {f"net.{key}": value.clone() for key, value in net.state_dict().items()}
-    return Saved(path, state, [state, state], {}, Progress(epoch=0), None, {"model": {"name": name}} if name else {}, {})
+    return Saved(path, state, [state, state], Progress(epoch=0), {"model": {"name": name}} if name else {}, {})
 
 
 def begun(origin, net, same_text=False, null=None):

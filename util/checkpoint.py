@@ -29,7 +29,7 @@ LAST = "checkpoint-last.pth"
 RELEASED = "transformer/config.json"  # released.py reads such folders
 EXPORTED, WEIGHTS = "config.json", "model.safetensors"  # exported.py reads such folders
 PAINTER = "painter"  # the component of a folder that diffusers opens
-IN_PAINTER = "model"  # where such a folder is in that; before 28 November 2026 it was that itself
+IN_PAINTER = "model"  # where such a folder is in PAINTER; exports from before 28 November 2026 have its files in PAINTER itself
 PREFIX = "net."
 
 

@@ -1,4 +1,4 @@
-"""The one module that talks to torch.distributed.  Everything works without torchrun too, as a world of one.
+"""Ranks, collectives and timeouts.  Besides this file only util/sharding.py and util/parts_writer.py use torch.distributed.  All of it works without torchrun too, as a world of one.
 
 Functions marked "Collective" must be called by every rank, so never under `if is_main()`.
 """
@@ -19,7 +19,7 @@ from util.errors import UserError, leave, one_line
 
 ALONE = timedelta(hours=1)  # that the others wait while one rank encodes, scans, measures or writes
 IN_STEPS = timedelta(minutes=10)  # that they wait for each other while they train
-TOLD_FIRST = timedelta(seconds=90)  # by which gloo, which says it in a line of ours, is ahead of NCCL, which ends the process in pages
+TOLD_FIRST = timedelta(seconds=90)  # gloo times out this much before NCCL: its failure becomes our one line, NCCL's ends the process with pages of output
 GIVEN_UP = (
     "/gloo/",
     "Application timeout caused pair closure",
@@ -105,7 +105,7 @@ def patience(limit: timedelta) -> Iterator[None]:
 
 
 def wait_at_most(limit: timedelta) -> None:
-    """From now on.  Collective."""
+    """Set the timeout of collectives from now on.  Collective."""
     barrier()
     dist.group.WORLD.set_timeout(limit + TOLD_FIRST)
     dist.group.WORLD._get_backend(torch.device("cpu")).set_timeout(limit)

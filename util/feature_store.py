@@ -2,8 +2,8 @@
 
 A store is a folder with manifest.json, which says how its features were made, and shards, each a safetensors file of up to 1,024
 captions: `keys` (16 bytes a caption), `features`, `lengths` (tokens before the cut), `unknown` (has characters unknown to the
-tokenizer) and, where every token's state is kept, `offsets`. A shard is called after its keys and is there whole or not at all:
-written beside, synced, renamed. So a job that is killed loses the shards it was at, jobs on one store do each other no harm and
+tokenizer) and, where every token's state is kept, `offsets`. A shard is called after its keys (beside prepared pictures,
+where it holds all captions of one picture shard, after that shard), and is there whole or not at all: written beside, synced, renamed. So a job that is killed loses the shards it was at, jobs on one store do each other no harm and
 take each other's shards as done, and new captions are new shards.
 """
 
@@ -54,7 +54,7 @@ def settings_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def write_beside(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Raises: UserError where it cannot be written, with nothing left behind."""
     try:
         write_whole(path, lambda file: file.write(content), shared=True)
@@ -102,7 +102,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[st
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_beside(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def key_array(keys: np.ndarray) -> Tensor:
@@ -112,7 +112,7 @@ def key_array(keys: np.ndarray) -> Tensor:
 
 def write_shard(path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> None:
     """arrays: `keys`, and what TextEncoder.encode_all returns of their captions."""
-    write_beside(path, save(dict(arrays), {"settings": settings_digest(manifest)}))
+    write_file(path, save(dict(arrays), {"settings": settings_digest(manifest)}))
 
 
 class FeatureRows:

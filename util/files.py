@@ -43,7 +43,7 @@ def sync(path: Path) -> None:
 
 
 def beside(path: str | Path, name: str) -> Path:
-    """Where what belongs to data is kept: in its folder, or next to its file."""
+    """Path of the file `name` that belongs to the data at `path`: in it if that is a folder, next to it if a file."""
     path = Path(path)
     return path.with_name(f"{path.name}.{name}") if path.is_file() else path / name
 

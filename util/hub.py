@@ -1,4 +1,4 @@
-"""Pretrained models of transformers, by hub name or folder: is the name one, what identifies the weights, and one line for what goes wrong."""
+"""Pretrained transformers models, by hub name or folder: checking the name, identifying the weights, loading errors as one line."""
 
 import hashlib
 import os

@@ -19,7 +19,7 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def progress(total: int, what: str, initial: int = 0, unit: str = "step") -> tqdm:
+def progress_bar(total: int, what: str, initial: int = 0, unit: str = "step") -> tqdm:
     """A bar with speed and time left; where the output is a file it is redrawn more rarely."""
     interval = 0.5 if sys.stderr.isatty() else 5.0
     bar = tqdm(total=total, initial=initial, desc=what, unit=unit, mininterval=interval, maxinterval=interval, disable=not dist.is_main())

@@ -42,12 +42,12 @@ class Muon(torch.optim.Optimizer):
                 by_shape[matrix.shape].append(matrix)
         skip = torch.zeros((), device=group["params"][0].device) if found_inf is None else found_inf
         for matrices in by_shape.values():
-            self.turn(matrices, group["lr"], group["weight_decay"], skip)
+            self.update(matrices, group["lr"], group["weight_decay"], skip)
         self.adamw.found_inf = found_inf
         self.adamw.step()
 
-    def turn(self, matrices: list[Tensor], lr: float, weight_decay: float, skip: Tensor) -> None:
-        """Those of one shape.  skip: (), 1 where they stay as they are."""
+    def update(self, matrices: list[Tensor], lr: float, weight_decay: float, skip: Tensor) -> None:
+        """Muon's step for matrices of one shape.  skip: (), 1 leaves them as they are."""
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)

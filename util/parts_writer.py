@@ -19,6 +19,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from util import checkpoint
@@ -26,11 +27,10 @@ from util import distributed as dist
 from util.errors import one_line
 from util.files import sync
 from util.parts import OFFSETS, SECTIONS, flat
-from util.sharding import is_shared
 
 
 class Folder(HuggingFaceStorageWriter):
-    """Of the parts of one checkpoint, which has another name until rank 0 has heard from all."""
+    """Storage for one checkpoint's parts: a temporary folder that rank 0 renames once all ranks have written."""
 
     def __init__(self, path: Path, then: Callable[[Path], None]):
         """then(folder): what is left to do when it is whole."""
@@ -44,7 +44,7 @@ class Folder(HuggingFaceStorageWriter):
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list]:
-        """This process's part, into one file. As torch's own writer does it, which puts the file together in memory and holds the main thread up for a second in it."""
+        """Write this process's part straight into one file.  torch's own writer builds the file in memory first, which blocks the main thread for a second."""
         done: Future[list] = Future()
         if plan.items:
             tensors = {item.index.fqn: planner.resolve_data(item).detach().contiguous() for item in plan.items}
@@ -69,7 +69,7 @@ class Folder(HuggingFaceStorageWriter):
 
 def alone(tensor: Tensor) -> Tensor:
     """Buffers are the same tensor in every section, and a file of safetensors takes none twice."""
-    return tensor if is_shared(tensor) else tensor.clone()
+    return tensor if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def split(state: Mapping[str, Any], path: Path, then: Callable[[Mapping[str, Any]], None]) -> tuple[dict[str, Tensor], Folder]:

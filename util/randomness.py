@@ -15,8 +15,8 @@ def derive(seed: int, purpose: str, index: int) -> int:
     return int.from_bytes(blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest(), "little") >> 1
 
 
-def stream(seed: int, purpose: str, index: int, device: torch.device | str = "cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(derive(seed, purpose, index))
+def stream(seed: int, purpose: str, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive(seed, purpose, index))
 
 
 def seed_step(seed: int, index: int, device: torch.device) -> None:

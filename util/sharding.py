@@ -45,10 +45,6 @@ def is_sharded(net: nn.Module) -> bool:
     return isinstance(net, FSDPModule)
 
 
-def is_shared(tensor: Tensor) -> bool:
-    return isinstance(tensor, DTensor)
-
-
 def whole(tensor: Tensor | Spread) -> Tensor:
     """All of it, on every process.  Collective where it is shared out."""
     if isinstance(tensor, Spread):

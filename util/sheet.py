@@ -13,6 +13,7 @@ SYSTEM_FONTS = (
     "/usr/share/fonts/truetype/fonts-japanese-gothic.ttf",
     "/System/Library/Fonts/ヒラギノ角ゴシック W3.ttc",
 )
+CELL = 128  # pixels that a small picture is enlarged to, about
 
 
 def japanese_font() -> str | None:
@@ -35,12 +36,12 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return "\n".join(rows)
 
 
-def captioned_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 8, cell: int = 128) -> tuple[Image.Image, bool]:
-    """Pictures in rows, each caption below its picture; small pictures are enlarged to about `cell` pixels.
+def captioned_sheet(pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = 8) -> tuple[Image.Image, bool]:
+    """Pictures in rows, each caption below its picture; small pictures are enlarged to about CELL pixels.
 
     Returns: the sheet, and whether the captions are on it (False where no font was found).
     """
-    scale = max(1, cell // pictures[0].width)
+    scale = max(1, CELL // pictures[0].width)
     width, height = pictures[0].width * scale, pictures[0].height * scale
     path, margin = japanese_font(), 6
     font = ImageFont.truetype(path, 14) if path else None

@@ -22,7 +22,7 @@ class Staging:
         self.memory: mmap.mmap | None = None  # shared, so that a fork copies no page of it
         self.locked = False
         self.stream: torch.cuda.Stream | None = None
-        self.source: Any = None  # what is being copied, lest its memory is given away before
+        self.source: Any = None  # what is being copied, kept alive until the copy ends
 
     def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The state as plain data in host memory, in place of the one before. Each tensor has a storage of its own, since torch.save writes whole storages."""
@@ -32,7 +32,7 @@ class Staging:
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         self._reserve(max(sum(sizes), 1), device)
         offsets = accumulate(sizes, initial=0)
-        with self._beside(state, device):
+        with self._on_own_stream(state, device):
             return each_tensor(state, lambda tensor: self._place(tensor, next(offsets)).copy_(tensor.detach(), non_blocking=True))
 
     def settle(self) -> None:
@@ -61,7 +61,7 @@ class Staging:
         strides = torch.empty_like(tensor, device="meta").stride()
         return torch.frombuffer(self.memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset).as_strided(tensor.shape, strides)
 
-    def _beside(self, state: Mapping[str, Any], device: torch.device | None) -> AbstractContextManager:
+    def _on_own_stream(self, state: Mapping[str, Any], device: torch.device | None) -> AbstractContextManager:
         """Inside, a GPU works on a stream of its own, after all that it was given before."""
         if device is None:
             return nullcontext()

@@ -54,7 +54,7 @@ class Stop:
 
     @contextmanager
     def at_once(self, leave: Callable[[], None]) -> Iterator[None]:
-        """Inside, all is saved: a signal calls `leave`, which ends the process."""
+        """Inside, a signal calls `leave` at once, which ends the process.  For phases in which nothing unsaved can be lost."""
         self.leave = leave
         if self.name:
             leave()
