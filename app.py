@@ -32,7 +32,8 @@ def serve(job: AppJob) -> None:
         server.hush(Path(folder))
         from page import layout  # gradio, which takes seconds, and which need not be there
 
-        painter = load_painter(job.resume, job.weights, job.device, job.llm, job.trust_remote_code)
+        weights = job.weights or ("1" if job.lora and not checkpoint.is_exported(path) else None)  # adapters are trained on EMA 1
+        painter = load_painter(job.resume, weights, job.device, job.llm, job.trust_remote_code)
         head = layout.headline(painter, path)
         if job.lora:
             painter.add_lora(job.lora, job.lora_scale)

@@ -15,6 +15,7 @@ from torch import Tensor
 from text_encoder import TextEncoder, rms_normalized
 from util import distributed as dist
 from util.feature_store import FeatureRows
+from util.parallel import to_device
 from util.text import Embedded, PackedText, Text, Y
 
 
@@ -62,7 +63,7 @@ class FeatureNorm:
         return cls(mean.float(), torch.where(std > 1e-6, std, 1.0).float())
 
     def __call__(self, features: Tensor) -> Tensor:
-        return (features - self.mean.to(features.device)) / self.std.to(features.device)
+        return (features - to_device(self.mean, features.device)) / to_device(self.std, features.device)
 
 
 def unchanged(features: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ class SamplerConfig(Config):
         "time_shift",
         "above 1 the steps near the noise are shorter, 1 is even steps",
         "1 より大きいとノイズ側のステップが細かくなります。1 は等間隔",
-        bounds=POSITIVE,
+        bounds=Bounds("[0.001, 1000]", "be in [0.001, 1000]", lambda value: 0.001 <= value <= 1000),
     )
 
     def check(self) -> None:
@@ -788,9 +788,7 @@ class ExportJob(FromCheckpoint):
     """export.py."""
 
     out: str = flag("", "out", "a new folder", "新しいフォルダ")
-    weights: str | None = flag(
-        None, "eval_ema", "weights that go out", "書き出す重み", choices=WEIGHT_CHOICES, shown="1, or those that an exported folder holds"
-    )
+    weights: str | None = flag(None, "eval_ema", "weights that go out", "書き出す重み", choices=WEIGHT_CHOICES, shown="as the checkpoint says")
     lora: str | None = flag(None, "lora", "folder with adapters that are merged into the weights", "重みに足し込むアダプタのフォルダ")
     lora_scale: float = flag(1.0, "lora_scale", "how much of them", "足し込む強さ")
     dtype: str = flag("fp32", "dtype", "of the weights", "重みの型", choices=("fp32", "bf16"))

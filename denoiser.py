@@ -117,7 +117,7 @@ def ab2(v_fn: VelocityFn, z: Tensor, times: Sequence[float]) -> Tensor:
 def dpmpp2m(v_fn: VelocityFn, z: Tensor, times: Sequence[float]) -> Tensor:
     """DPM-Solver++(2M), algorithm 2 of arXiv:2211.01095, for alpha = t and sigma = 1 - t: x_pred goes on in log(alpha / sigma) as from the step before.
 
-    One call a step. The first step and the last are Euler's: log(alpha / sigma) is infinite at their ends.
+    One call a step. The first two steps and the last are Euler's: log(alpha / sigma) is infinite at t = 0 and t = 1.
     """
     before, step_before = None, math.inf
     for t, t_next in pairwise(times):

@@ -128,7 +128,7 @@ def add_gradients(training: Training, batches: Iterator[Batch]) -> Tensor:
 def train_one_epoch(training: Training, batches: Iterator[Batch], epoch: int, first: int) -> Due:
     """The steps of one epoch from number `first` on, of the run's batches.  Returns: what is due after the last one that was taken.  Collective.
 
-    Nothing waits for the GPU but a line of the log. Where a checkpoint is due a line is too, so what is saved is known to be finite.
+    Nothing waits for the GPU but a line of the log (and, with --text_cache off, transformers itself for its mask). Where a checkpoint is due a line is too, so what is saved is known to be finite.
     """
     state, schedule, due = training.state, training.schedule, Due()
     training.report.resume_clock()

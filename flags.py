@@ -300,7 +300,7 @@ def job_of(given: Mapping[str, Any]) -> Job:
     }
     train = build(Train, given)  # its flags are checked in every mode
     require(mode == "train" or train.init_from is None, "--init_from is for training; to draw with a checkpoint give --resume alone")
-    if train.init_from and given.get("resume", shared["run"].output_dir) != shared["run"].output_dir:
+    if train.init_from and Path(given.get("resume", shared["run"].output_dir)) != Path(shared["run"].output_dir):
         raise UserError("--init_from begins a run and --resume goes on with one: give one of them, or --resume with the name of --output_dir")
     require(mode != "train" or "lora" not in given, "--lora is for drawing; to train adapters give --init_from and --lora_rank")
     if mode == "train":

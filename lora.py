@@ -78,7 +78,22 @@ def base_of(folder: str) -> str:
         with safe_open(Path(folder) / FILE, "pt") as file:
             return (file.metadata() or {}).get("base", "")
     except Exception as error:  # cut short, no safetensors: safetensors' own exception
-        raise UserError(f"--lora {folder}: {FILE} cannot be read ({one_line(error)})") from error
+        raise unreadable(folder, error) from error
+
+
+def unreadable(folder: str, error: Exception) -> UserError:
+    return UserError(f"--lora {folder}: {FILE} cannot be read ({one_line(error)})")
+
+
+def check_content(folder: str) -> None:
+    """Raises: UserError where a file holds more than the matrices A and B, or other ones (DoRA, biases, whole layers), or cannot be read."""
+    try:
+        with safe_open(Path(folder) / FILE, "pt") as file:
+            others = [name for name in file.keys() if not {"lora_A", "lora_B"} & set(name.split("."))]  # noqa: SIM118 (it is no dict)
+    except Exception as error:
+        raise unreadable(folder, error) from error
+    if others:
+        raise UserError(f"--lora {folder} holds {others[0]}; wanted LoRA's own matrices alone (lora_A, lora_B), without DoRA, biases or whole layers")
 
 
 def merge(net: nn.Module, folder: str, scale: float) -> None:
@@ -87,6 +102,7 @@ def merge(net: nn.Module, folder: str, scale: float) -> None:
     from peft.tuners.lora import LoraLayer
     from peft.utils import load_peft_weights
 
+    check_content(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is missing is an error below

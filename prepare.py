@@ -28,7 +28,7 @@ from evaluation.text_gap import TextGap, choose
 from resume import Saved, TrainState, Weights, World
 from text_encoder import alike
 from text_features import SAMPLE, Texts, evenly, prepare, source_of, usable_beside
-from transfer import check_origin, transfer
+from transfer import check_origin, say_noise, transfer
 from util import checkpoint
 from util import distributed as dist
 from util.agreement import agree, of_run
@@ -112,7 +112,8 @@ def prepare_evaluation(job: EvaluateJob | SweepJob, saved: Saved) -> Evaluator:
     output_dir, path = writable_folder(job.run.output_dir, "--output_dir"), saved.path
     counts = [job.evaluation.num_images, *([job.sweep.images] if isinstance(job, SweepJob) else [])]
     request = find_requested(job.evaluation, model, counts, device)
-    needed = (model.is_text and not job.evaluation.captions) or Path(job.data.path).exists()
+    known = "data_path" in job.given or resume.look_up(saved.job, "data.path") is not None  # else an unrelated ./data may lie here
+    needed = (model.is_text and not job.evaluation.captions) or (known and Path(job.data.path).exists())
     dataset = open_data(job.data, model, job.run.seed) if needed else None
     agree_on_data(dataset, saved, job.data.path)
     planned = plan(request, job.data, dataset, output_dir)
@@ -222,7 +223,8 @@ def fresh_state(job: TrainJob, conditioning: Conditioning, origin: Saved | None,
         report = transfer(origin, net, same_text, conditioning.y_of.null)
         if dist.is_main():
             report.write(Path(job.run.output_dir) / "init_from.txt")
-        say(f"begun with {origin.path}, EMA 1: {report}")
+        say(f"begun with {origin.path}, {origin.best_name}: {report}")
+        say_noise(origin, job.diffusion)
     if origin:
         origin.close()
     copy = None
@@ -239,7 +241,9 @@ def put_adapters(net: nn.Module, rank: int, seed: int, origin: Saved) -> str:
     below = origin.best  # read once: of a checkpoint in parts it is the whole model
     net.load_state_dict(checkpoint.without_prefix(below, net.state_dict(), f"--init_from {origin.path}"))
     lora.add(net, rank, seed)
-    say(f"adapters of rank {rank} on {origin.path}, EMA 1, whose {sum(value.numel() for value in below.values()) / 1e6:.1f}M weights stay as they are")
+    say(
+        f"adapters of rank {rank} on {origin.path}, {origin.best_name}, whose {sum(value.numel() for value in below.values()) / 1e6:.1f}M weights stay as they are"
+    )
     return lora.digest(below)
 
 
@@ -271,7 +275,7 @@ def begin(job: TrainJob, prepared: Prepared, stop: Stop) -> TrainingRun:
     device, world, folder = prepared.studio.painter.device, split.world, Path(job.run.output_dir)
     check_shared_memory(job, conditioning)
     steps, bf16, train = world.steps_per_epoch, uses_bf16(job.run.precision, device), job.train
-    compile = uses_compile(job.run.compile, device)
+    compile = uses_compile(job.run.compile, device, bf16)
     state.net.grad_checkpointing = train.grad_checkpointing == "blocks"
     trained = sum(p.numel() for p in state.net.parameters() if p.requires_grad)
     for line in first_lines(job, Sizes(trained, conditioning.frozen, len(split.order), len(split.held_out), steps, workers(job.data)), device, bf16):

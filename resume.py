@@ -137,6 +137,12 @@ class Saved:
         """EMA 1, or where there is none the weights."""
         return {name: whole(value) for name, value in (self.averages[0] or self.weights).items()}
 
+    @property
+    def best_name(self) -> str:
+        """What `best` is."""
+        which = self.alone or ("1" if self.averages[0] else "raw")
+        return "the raw weights" if which == "raw" else f"EMA {which}"
+
     def close(self) -> None:
         """Let go of the file: a large model's is tens of gigabytes."""
         self.weights, self.averages, self.optimizer, self.text = {}, [], {}, {}
@@ -411,7 +417,8 @@ def check_data(saved: Saved, world: World, data_path: str) -> None:
     """Says where the files have changed.  Raises: UserError where they have within an epoch: the rest of it would be other pictures."""
     before = saved.world
     if before and (before.data, before.steps_per_epoch) != (world.data, world.steps_per_epoch):
-        change = f"epochs of {before.steps_per_epoch} steps, and with other files in --data_path {data_path} they are {world.steps_per_epoch} now"
+        files = f"other files in --data_path {data_path}" if before.data != world.data else "this batch size"
+        change = f"epochs of {before.steps_per_epoch} steps, and with {files} they are {world.steps_per_epoch} now"
         if saved.progress.epoch_step:
             raise UserError(f"{saved.path} stands within one of its {change}; give the same data, or begin the epoch again by --start_epoch")
         say(f"{saved.path} had {change}")
@@ -437,8 +444,8 @@ def completed(job: J, saved: Saved) -> J:
     if "output_dir" not in given and (job.drawing.lora or not saved.path.is_dir()):  # nothing is written into a model's folder
         configs["run"] = replace(configs["run"], output_dir=job.drawing.lora or str(saved.path.parent))
     saved.check_which(given.get("eval_ema", ()))
-    if saved.alone:
-        configs["drawing"] = replace(configs["drawing"], weights=saved.alone)
+    if which := saved.alone or ("1" if job.drawing.lora and "eval_ema" not in given else None):  # adapters are trained on EMA 1
+        configs["drawing"] = replace(configs["drawing"], weights=which)
     job = replace(job, **configs)
     return replace(job, sweep=completed_sweep(job)) if isinstance(job, SweepJob) else job
 

@@ -122,8 +122,9 @@ def make_network(job: TrainJob | DrawJob, text_width: int | None, device: torch.
 
 def make_painter(job: TrainJob | DrawJob, net: nn.Module, null: Y, device: torch.device) -> Painter:
     """A few pictures are drawn sooner than a network is compiled, so --generate compiles only where it is asked to."""
-    compile = uses_compile(job.run.compile, device, usual=not isinstance(job, GenerateJob))
-    call, embed = for_drawing(net, device, uses_bf16(job.run.precision, device), compile)
+    bf16 = uses_bf16(job.run.precision, device)
+    compile = uses_compile(job.run.compile, device, bf16, usual=not isinstance(job, GenerateJob))
+    call, embed = for_drawing(net, device, bf16, compile)
     return Painter(call, null, job.model.img_size, job.diffusion, job.drawing.sampler, job.drawing.batch_size, device, job.run.seed, embed)
 
 
@@ -134,13 +135,13 @@ def restored(job: DrawJob, saved: resume.Saved, text_width: int | None, device: 
     resume.restore_weights(saved, weights)
     saved.close()
     if job.drawing.lora:
-        merge_adapters(weights, job.drawing.lora, job.drawing.lora_scale)
+        merge_adapters(weights, job.drawing.weights, job.drawing.lora, job.drawing.lora_scale)
     return weights
 
 
-def merge_adapters(weights: Weights, folder: str, scale: float) -> None:
-    """Into all weights that are kept.  Raises: UserError where they do not fit, and nothing is changed."""
-    with weights.drawing(weights.kept[0]):
+def merge_adapters(weights: Weights, which: str, folder: str, scale: float) -> None:
+    """Into all weights that are kept.  which: those that draw, whose base is compared.  Raises: UserError where they do not fit, and nothing is changed."""
+    with weights.drawing(which):
         lora.compare_base(weights.net, folder)
     for which in weights.kept:
         with weights.drawing(which):
@@ -169,11 +170,15 @@ def save_pictures(folder: Path, numbers: Sequence[int], pictures: Tensor, digits
 
 
 def generate(painter: Painter, y: Tensor | PackedText, prompts: Sequence, folder: Path) -> Path:
-    """Draw each prompt into folder/NNNN.png, and all of them on folder/sheet.png.  Collective.
+    """Draw each prompt into folder/NNNN.png, and all of them on folder/sheet.png; those of the call before go.  Collective.
 
     Args: y: (prompts, ...), their conditions.  Returns: the sheet's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if dist.is_main():
+        for old in folder.glob("[0-9]" * 4 + "*.png"):
+            old.unlink()
+    dist.barrier()
     for numbers, pictures in painter.draw(lambda numbers: y[numbers], len(prompts), "pictures"):
         save_pictures(folder, numbers, pictures, digits=4)
     dist.barrier()
@@ -210,7 +215,7 @@ class LoadedPainter:
     def add_lora(self, folder: str | Path, scale: float = 1.0) -> None:
         """Add a folder of adapters, as --lora does; several add up.  Raises: UserError where they do not fit, and nothing is changed."""
         lora.check_folder(str(folder))
-        merge_adapters(self.weights, str(folder), scale)
+        merge_adapters(self.weights, self.job.drawing.weights, str(folder), scale)
 
     @property
     def sampler(self) -> SamplerConfig:
@@ -227,11 +232,12 @@ class LoadedPainter:
             return torch.tensor(as_prompts(self.job.model, prompts, ()), dtype=torch.long), LabelConditions(self.job.model.class_num).null
         return conditions_of_prompts(self.encoder, list(prompts), norm_of(self.text))
 
-    def __call__(self, prompts: Sequence[str] | Sequence[int], sampler: SamplerConfig | None = None, seed: int = 0, first: int = 0) -> Tensor:
+    def __call__(self, prompts: str | Sequence[str] | Sequence[int], sampler: SamplerConfig | None = None, seed: int = 0, first: int = 0) -> Tensor:
         """A picture of each prompt, (N, 3, H, W) uint8 on the CPU; picture i follows from the seed, `first` + i and its prompt.
 
-        Args: prompts: captions, or labels of a class model; sampler: None draws as the checkpoint says.
+        Args: prompts: captions, or labels of a class model; a string is one caption; sampler: None draws as the checkpoint says.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         y, null = self.condition(prompts)
         painter = make_painter(self.job, self.weights.net, null, self.device)
         painter = replace(painter, seed=seed, sampler=sampler or self.sampler, batch_size=None, room=self.room)

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from config import TextConfig
 from util import hub
 from util.errors import UserError
+from util.parallel import has_bf16, to_device
 
 PROBE = "猫が窓辺で眠っている写真。A cat, 2匹の犬と富士山。"  # its token ids are the tokenizer's fingerprint
 A_BATCH = 64  # captions encoded together
@@ -46,7 +47,7 @@ def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def usual_dtype(device: torch.device) -> str:
     """What the LLM runs in where nothing else says it."""
-    return "bf16" if device.type == "cuda" else "fp32"
+    return "bf16" if has_bf16(device) else "fp32"
 
 
 def normalize(caption: str) -> str:
@@ -144,13 +145,13 @@ class TextEncoder:
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """(B, width) float32 on the encoder's device."""
-        ids, mask = self.tokenize(captions)
+        ids, mask = (to_device(tokens, self.device) for tokens in self.tokenize(captions))
         return self.pooled(self.states(ids, mask), mask)
 
     def encode_tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States (B, L, width) float32 and mask (B, L) bool, on the encoder's device; L is the longest caption's."""
-        ids, mask = self.tokenize(captions)
-        return self.states(ids, mask), mask.to(self.device).bool()
+        ids, mask = (to_device(tokens, self.device) for tokens in self.tokenize(captions))
+        return self.states(ids, mask), mask.bool()
 
     def encode_all(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Features as they are stored, on the CPU, a function of `captions` alone, to the bit on one kind of device.

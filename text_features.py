@@ -250,15 +250,22 @@ def opened(folder: Path, texts: Texts) -> FeatureStore:
     return FeatureStore(folder, dist.from_main([name for name in disk.shard_names(folder) if name not in beside]))
 
 
-def say_lengths(features: FeatureRows, own: np.ndarray, rows: np.ndarray, limit: int) -> None:
-    """What a user should know of the captions (rows `own`), and of all texts (`rows`)."""
+def say_lengths(features: FeatureRows, own: np.ndarray, rows: np.ndarray, prompts: np.ndarray, limit: int) -> None:
+    """What a user should know of the captions (rows `own`), of the prompts, and of all texts (`rows`)."""
     if len(own):
         lengths = features.lengths(own)
         say(f"captions: {len(own)} different ones; {describe_lengths(lengths, limit)}")
         if (cut := (lengths > limit).mean()) > MUCH_CUT:
             say(f"warning: {cut:.0%} of the captions are cut at --max_text_len {limit}; {enough_for(lengths)} would cut less than 1 %")
+    say_prompts(features, prompts, limit)
     if unknown := features.unknown(rows).sum():
         say(f"warning: {unknown} captions and prompts hold characters that this LLM's tokenizer does not know; captions may look the same to it")
+
+
+def say_prompts(features: FeatureRows, prompts: np.ndarray, limit: int) -> None:
+    """Tell of prompts (their rows) that are cut."""
+    if len(prompts) and (cut := (features.lengths(prompts) > limit).sum()):
+        say(f"warning: {cut} of {len(prompts)} prompts are cut at --max_text_len {limit}; the longest has {features.lengths(prompts).max()} tokens")
 
 
 def stored_manifest(folder: Path) -> dict[str, Any]:
@@ -377,7 +384,7 @@ def prepare(source: TextSource, texts: Texts, saved: Mapping[str, Any], device: 
         found = (look_up_live if source.cache == "off" else look_up_in_memory)(model, texts)
     features, distinct, length = found.features, np.unique(found.own), source.encoder.max_text_len
     others = found.extra if found.row_of is None else np.concatenate([found.extra, found.row_of[texts.other_lines]])
-    say_lengths(features, distinct, np.unique(np.concatenate([distinct, others])), length)
+    say_lengths(features, distinct, np.unique(np.concatenate([distinct, others])), found.extra[:-1], length)
 
     description = {**model.description, "width": features.width, "text_norm": source.norm}
     same = origin is not None and alike(origin, description) and origin.get("pooling") == description["pooling"]
@@ -401,6 +408,7 @@ def conditions_of_prompts(encoder: TextEncoder, prompts: Sequence[str], norm: Ca
     keys = texts.keys()
     features = join_parts([encoded(encoder, texts, keys, part) for part in in_parts(disk.first_of_each(keys))], lambda rows: rows.cpu())
     rows = features.find(keys)
+    say_prompts(features, rows[:-1], config.max_text_len)
     null = Text.null(config.max_text_len, features.width) if config.pooling == "tokens" else read_rows(features, rows[-1:], config, norm)
     return read_rows(features, rows[:-1], config, norm), null
 

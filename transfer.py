@@ -5,20 +5,22 @@ without a condition: classes entered adaLN in every block, so the null's vector 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from config import parse_model_name
+from config import DiffusionConfig, parse_model_name
 from resume import Saved, look_up
 from util import checkpoint
 from util.errors import UserError
+from util.logging import say
 from util.text import Y
 
 TABLE, PROJ, BIAS, MASK = "y_embedder.embedding_table.weight", "y_embedder.proj.weight", "y_embedder.proj.bias", "y_embedder.mask_token"
 TIME, PLACES = "t_embedder.mlp.2.bias", "in_context_posemb"  # the time embedder's last bias; the places of the in-context tokens
+LEAST_GAIN = 0.05  # directions that a new projection passes on less than this, beside its strongest, would ask for a mask token far larger than any token
 ORDER = ("labels", "pooled", "tokens")  # a condition can become itself, or one further on
 
 
@@ -55,6 +57,14 @@ def check_origin(origin: Saved, name: str) -> None:
         raise UserError(
             f"--init_from {origin.path} reads {found.condition}, and --model {name} reads {wanted.condition}: only the way from classes to tokens is open"
         )
+
+
+def say_noise(origin: Saved, diffusion: DiffusionConfig) -> None:
+    """Tell where the noise is not the origin's: a new resolution wants that, a forgotten flag does not."""
+    before = look_up(origin.job, "diffusion") or {}
+    for name, found in asdict(diffusion).items():
+        if before.get(name, found) != found:
+            say(f"--init_from {origin.path} was trained with --{name} {before[name]:g}; this run has {found:g}")
 
 
 def spread_of(weight: Tensor) -> Tensor:
@@ -108,7 +118,7 @@ class Transfer:
         weight = scaled(new, spread_of(old))
         self.make("txt_embedder.weight", weight, "new, with the old one's spread")
         entered = old @ self.source["mask_token"].float().flatten()
-        self.make("mask_token", torch.linalg.lstsq(weight, entered[:, None]).solution.reshape(1, 1, -1), "what enters as the old one did")
+        self.make("mask_token", (torch.linalg.pinv(weight, rtol=LEAST_GAIN) @ entered).reshape(1, 1, -1), "what enters as the old one did")
         return names
 
     def condition(self) -> set[str]:
@@ -123,6 +133,8 @@ class Transfer:
         if now == "labels":
             if source[TABLE].shape == target[TABLE].shape:
                 self.copy(TABLE)
+            else:
+                self.make(TABLE, self.resting(before).expand_as(target[TABLE]).clone(), "the null label's vector for every class")
             return names
         if before == now and self.same_text:
             self.copy(*names)

@@ -124,6 +124,10 @@ def test_what_is_exported_is_one_set_of_weights_and_all_settings(trained, tmp_pa
         tensors = load_file(folder / "model.safetensors")
         assert tensors.keys() == state[name].keys() | {"text.mean", "text.std"}
         assert all(torch.equal(tensors[key], value) for key, value in state[name].items())
+    state["job"]["drawing"]["weights"] = "2"
+    torch.save(state, tmp_path / "second.pth")
+    folder = export("--resume", tmp_path / "second.pth", "--out", tmp_path / "second", "--with_text_encoder")  # what draws, where no flag says it
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "2" / "model.safetensors").read_bytes()
     config = json.loads((tmp_path / "raw" / "config.json").read_text(encoding="utf-8"))
     assert config["step"] == state["step"] and config["weights"] == "raw" and config["job"]["model"]["name"] == MODELS["text"]
     assert not [word for word in json.dumps(config).split('"') if word.startswith("/")]  # no folders of this machine

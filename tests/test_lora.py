@@ -136,6 +136,16 @@ def test_drawing_with_adapters(base, text_data, tmp_path, capsys):
     out = export("--resume", base, "--out", tmp_path / "merged", "--with_text_encoder", *with_them)
     assert generate(out, tmp_path / "again") == full
     assert "with the adapters lora x 1" in (out / "README.md").read_text(encoding="utf-8")
+    other = tmp_path / "drawn by EMA 2"
+    other.mkdir()
+    state = torch.load(base / checkpoint.LAST, weights_only=True)
+    state["job"]["drawing"]["weights"], state["model_ema2"] = "2", {name: value + 0.1 for name, value in state["model"].items()}
+    torch.save(state, other / checkpoint.LAST)
+    capsys.readouterr()
+    assert generate(other, tmp_path / "on EMA 1", *PROMPTS, *with_them) == full and "other weights" not in capsys.readouterr().out
+    assert generate(other, tmp_path / "on EMA 2", *PROMPTS, *with_them, "--eval_ema", "2") != full and "other weights" in capsys.readouterr().out
+    merged = export("--resume", other, "--out", tmp_path / "merged EMA 1", "--with_text_encoder", *with_them)
+    assert (merged / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     own, half = load_painter(base, device="cpu"), load_painter(base, device="cpu")
     half.add_lora(folder, 0.5)
     half.add_lora(folder, 0.5)
@@ -191,12 +201,16 @@ def test_what_are_no_adapters_of_the_model_is_one_line(base, text_data, tmp_path
     def of_another_kind(path):
         (path / lora.CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": ["no_such_layer"], "r": 4}))
 
+    def with_a_bias(path):
+        save_file(load_file(path / lora.FILE) | {"base_model.model.final_layer.linear.bias": torch.zeros(3)}, path / lora.FILE)
+
     def for_another_base(path):
         save_file(load_file(path / lora.FILE), path / lora.FILE, {"base": "0" * 64})
 
     for argv, words in (
         ([str(tmp_path)], "wanted a folder with adapter_config.json"),
         ([damaged("cut", lambda path: (path / lora.FILE).write_bytes((path / lora.FILE).read_bytes()[:1000]))], "adapter_model.safetensors cannot be read"),
+        ([damaged("more", with_a_bias)], "holds base_model.model.final_layer.linear.bias; wanted LoRA's own matrices alone"),
         ([damaged("less", without_one)], "does not fit the model .*is in one of them alone"),
         ([damaged("no json", lambda path: (path / lora.CONFIG).write_text("{"))], "does not fit the model"),
         ([damaged("kind", of_another_kind)], "does not fit the model"),

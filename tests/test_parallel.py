@@ -15,10 +15,11 @@ import models_jit
 import models_mmjit
 from config import DiffusionConfig
 from denoiser import Objective, v_loss
+from text_encoder import usual_dtype
 from util import distributed as dist
 from util import parallel
 from util.errors import UserError
-from util.parallel import Parallel, compiled, for_drawing, twin, uses_compile
+from util.parallel import Parallel, compiled, for_drawing, twin, uses_bf16, uses_compile
 from util.text import Text
 
 CPU = torch.device("cpu")
@@ -214,6 +215,24 @@ def test_what_compiling_needs_is_told_before_anything_is_compiled(monkeypatch, c
     assert capsys.readouterr().out.count("a compiler (gcc) is not here") == 1
     monkeypatch.setattr(parallel.shutil, "which", lambda name: name)
     assert uses_compile(None, cuda) and not uses_compile(None, cuda, usual=False) and uses_compile(True, cuda, usual=False) and uses_compile(True, CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel.sysconfig, "get_paths", lambda scheme: {"include": "/no/such/folder"})
+        with pytest.raises(UserError, match="--compile needs Python.h"):
+            uses_compile(True, cuda)
     monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: False)
     with pytest.raises(UserError, match="--compile needs Triton"):
         uses_compile(True, cuda)
+
+
+def test_a_gpu_that_only_emulates_bf16_computes_in_float32(monkeypatch):
+    """One before compute capability 8, on which Inductor compiles nothing in bf16."""
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    monkeypatch.setattr(parallel.shutil, "which", lambda name: name)
+    for newer in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, newer=newer: newer or including_emulation)
+        assert uses_bf16("auto", cuda) == newer and uses_bf16("bf16", cuda) and not uses_bf16("fp32", cuda) and not uses_bf16("auto", CPU)
+        assert usual_dtype(cuda) == ("bf16" if newer else "fp32") and usual_dtype(CPU) == "fp32"
+        assert uses_compile(None, cuda, bf16=True) == newer and uses_compile(None, cuda)
+    with pytest.raises(UserError, match="--compile needs a GPU that computes in bf16"):
+        uses_compile(True, cuda, bf16=True)

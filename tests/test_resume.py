@@ -295,6 +295,12 @@ def test_a_base_learning_rate_trains(text_data, llm_folder, tmp_path, capsys):
     argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1, "--blr", "1e-2")
     run(*[part for part in argv if part not in ("--lr", "1e-3")])
     assert "lr 1.56" in capsys.readouterr().out and weights(tmp_path / "out")["step"] == 2
+    small = [*(part for part in argv[:-2] if part not in ("--lr", "1e-3")), "--blr", "1e-6", "--lr_schedule", "cosine", "--min_lr", "1e-2"]
+    run(*small, "--output_dir", str(tmp_path / "small"))
+    said = capsys.readouterr().out
+    assert "training will be very slow" in said and "warning: --min_lr 0.01 is above the peak, 1.6e-08: the learning rate will rise to it" in said
+    run(*small, "--output_dir", str(tmp_path / "tuned"), "--init_from", str(tmp_path / "out"))
+    assert "training will be very slow" not in capsys.readouterr().out  # a small rate is what fine-tuning wants
 
 
 def test_each_ranks_broken_pictures_are_listed_and_counted_together(tmp_path):

@@ -40,6 +40,9 @@ def test_a_painter_draws_what_generate_draws(trained, llm_folder, tmp_path, monk
     drawn = [np.asarray(Image.open(trained / "samples" / f"{i:04d}.png")).transpose(2, 0, 1) for i in range(3)]
     assert np.abs(pictures.numpy().astype(int) - np.stack(drawn)).max() <= 1 and pictures.float().std() > 10
 
+    assert torch.equal(painter(PROMPTS[0]), painter(PROMPTS[:1]))  # a string is one prompt
+    run("--generate", "--resume", str(trained), "--device", "cpu", "--prompt", PROMPTS[0])
+    assert [path.name for path in sorted((trained / "samples").glob("*.png"))] == ["0000.png", "sheet.png"]  # of the call before nothing is left
     again = painter(PROMPTS[1:], first=1)  # numbers, not places, decide
     assert (again.int() - pictures[1:].int()).abs().max() <= 1
     assert (painter(PROMPTS, seed=1).int() - pictures.int()).abs().max() > 20
@@ -60,6 +63,17 @@ def test_a_painter_holds_the_weights_that_it_draws_with_and_no_others(trained, w
     assert not any(ema.average for ema in painter.weights.emas)
     with pytest.raises(ValueError, match=f"was not read, but {which} alone"), painter.weights.drawing("2" if which == "1" else "1"):
         pass
+
+
+def test_a_prompt_that_is_cut_is_told(trained, capsys):
+    long = "夕焼けの海辺を走る柴犬" * 60
+    run("--generate", "--resume", str(trained), "--device", "cpu", "--prompt", long, "--prompt", "赤い三")
+    found = re.search(r"warning: 1 of 2 prompts are cut at --max_text_len (\d+); the longest has (\d+) tokens", capsys.readouterr().out)
+    assert int(found[1]) < int(found[2])
+    load_painter(trained, device="cpu")([long])
+    assert "warning: 1 of 1 prompts are cut" in capsys.readouterr().out
+    load_painter(trained, device="cpu")(["赤い三"])
+    assert "cut" not in capsys.readouterr().out
 
 
 def test_each_rank_may_draw_prompts_of_its_own(trained):
@@ -87,6 +101,7 @@ def test_a_checkpoint_or_a_setting_that_is_none_is_one_line(trained, tmp_path):
         (lambda: load_painter(tmp_path / "nothing"), "no such file or folder"),
         (lambda: load_painter(trained, weights="3"), "--eval_ema 3: wanted one of 1, 2, raw"),
         (lambda: SamplerConfig(steps=0), "--num_sampling_steps 0 must be at least 1"),
+        (lambda: SamplerConfig(time_shift=1e-5), r"--time_shift 1e-05 must be in \[0.001, 1000\]"),
         (lambda: SamplerConfig("rk4"), "--sampling_method rk4: wanted one of heun, euler, ab2, dpmpp2m"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -17,6 +17,7 @@ from test_parallel import graphs  # noqa: F401
 from test_training import flags, weights
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.staging import StagingOptions
 
 import convert_checkpoint
 import export
@@ -27,7 +28,7 @@ from util import checkpoint
 from util import distributed as dist
 from util.errors import UserError
 from util.parts import SECTIONS, flat
-from util.parts_writer import PartsWriter, write_parts
+from util.parts_writer import PartsWriter, Stager, write_parts
 from util.sharding import whole
 
 TOLERANCE = 1e-5  # of weights that are sums in another order; they are about 1
@@ -151,6 +152,21 @@ def test_what_cannot_be_shared_out_is_told(train):
 
 
 # --- the folder of parts
+
+
+def test_a_state_is_staged_without_page_locked_memory_where_that_is_refused(monkeypatch, capsys):
+    def refused(address, size):
+        raise RuntimeError("Registering memory failed with cudaError: 2.")
+
+    monkeypatch.setattr("torch.cuda._pin_memory_utils.pin_memory", refused)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        stager = Stager(StagingOptions(use_pinned_memory=True, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False))
+    for step in (1, 2):
+        value = torch.arange(4.0) + step
+        assert torch.equal(stager.stage({"a": value})["a"], torch.arange(4.0) + step)
+    assert capsys.readouterr().out.count("warning: host memory could not be page-locked (Registering memory failed") == 1
+    stager.close()
 
 
 def plain_state(step: int = 3) -> dict:

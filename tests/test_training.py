@@ -252,7 +252,7 @@ def test_a_checkpoint_of_another_setting_is_refused_in_one_line(text_data, llm_f
             run(*argv, *extra, "--generate", "--resume", str(out))
 
 
-def test_a_published_class_checkpoint_resumes_and_draws(class_data, tmp_path):
+def test_a_published_class_checkpoint_resumes_and_draws(class_data, tmp_path, monkeypatch):
     """Keys as the published files have them: `net.` names, an optimizer by position, a Namespace."""
     import argparse
 
@@ -267,6 +267,11 @@ def test_a_published_class_checkpoint_resumes_and_draws(class_data, tmp_path):
     common += ["--data_path", str(class_data), "--output_dir", str(tmp_path / "out"), "--resume", str(tmp_path)]
     run(*common, "--generate")
     assert len(list((tmp_path / "out" / "samples").glob("0*.png"))) == 3
+    (tmp_path / "elsewhere" / "data").mkdir(parents=True)  # named as the flag's default, and of no concern
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "elsewhere")
+        run("--evaluate_gen", "--save_images", "--resume", str(path), "--output_dir", "drawn", "--device", "cpu", *SAMPLING)
+    assert len(list((tmp_path / "elsewhere" / "drawn" / "eval").glob("*/*.png"))) == 6
     run(*common, "--epochs", "3", "--batch_size", "4", "--warmup_epochs", "0")
     assert weights(tmp_path / "out")["epoch"] == 2 and weights(tmp_path / "out")["step"] == 2 * 3 + 3
 

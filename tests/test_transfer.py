@@ -10,10 +10,11 @@ from torch._subclasses import FakeTensorMode
 
 import models_jit
 import models_mmjit
+from config import DiffusionConfig
 from flags import parse
 from models_jit import JiT, interleaved
 from resume import Saved
-from transfer import check_origin, transfer
+from transfer import check_origin, say_noise, transfer
 from util.errors import UserError
 from util.schedule import Progress
 from util.text import Text
@@ -22,7 +23,7 @@ SIZE = {"input_size": 16}
 
 
 def jit(name, seed=0, **kwargs):
-    return wake(models_jit.build_model(name, **SIZE, num_classes=10, **kwargs), seed).eval()
+    return wake(models_jit.build_model(name, **SIZE, **({"num_classes": 10} | kwargs)), seed).eval()
 
 
 def mmjit(name="MMJiT-Nano/4", seed=0, text_dim=24):
@@ -111,9 +112,38 @@ def test_to_another_language_model_nulls_stay():
     origin, net = jit("JiT-Nano/4-Text", text_dim=24), jit("JiT-Nano/4-Text", 1, text_dim=40)
     begun(origin, net)
     torch.testing.assert_close(pictures(net, torch.zeros(3, 40)), pictures(origin, torch.zeros(3, 24)), rtol=0, atol=1e-5)  # the mean caption's
-    origin, net = mmjit(), mmjit(seed=1, text_dim=160)  # wider than the network, so that any vector can enter
+    origin, net = mmjit(), mmjit(seed=1, text_dim=192)  # wider than the network, so that any vector can enter
     assert set(begun(origin, net).made) == {"txt_embedder.weight", "mask_token"}
-    torch.testing.assert_close(pictures(net, Text.null(8, 160).expand(3)), pictures(origin, Text.null(8, 24).expand(3)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(pictures(net, Text.null(8, 192).expand(3)), pictures(origin, Text.null(8, 24).expand(3)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mask_token_is_no_louder_than_it_must_be(seed):
+    """Where a language model is as wide as the network, what a vector has to be to enter exactly is tens of times as large as a token."""
+    origin, net = mmjit(), mmjit(seed=1 + seed, text_dim=128)
+    begun(origin, net)
+    old, new = (model.mask_token.flatten() @ model.txt_embedder.weight.T for model in (origin, net))
+    exact = torch.linalg.lstsq(net.txt_embedder.weight, old[:, None]).solution
+    assert net.mask_token.square().mean().sqrt() < 0.5 * exact.square().mean().sqrt() and (new - old).norm() < 0.5 * old.norm()
+
+
+def test_from_classes_to_other_classes_each_begins_as_the_null():
+    origin, net = jit("JiT-Nano/4"), jit("JiT-Nano/4", 1, num_classes=3)
+    report = begun(origin, net)
+    assert list(report.made) == ["y_embedder.embedding_table.weight"] and not report.new and not report.dropped
+    for label in (0, 3):  # 3 is the new null
+        assert torch.equal(pictures(net, torch.full((3,), label)), pictures(origin, torch.full((3,), 10)))
+
+
+def test_other_noise_than_the_origins_is_told(capsys):
+    origin = saved(mmjit())
+    origin.job["diffusion"] = {"noise_scale": 2.0, "P_mean": -0.8, "P_std": 0.8}
+    say_noise(origin, DiffusionConfig(noise_scale=2.0))
+    assert capsys.readouterr().out == ""
+    say_noise(origin, DiffusionConfig())
+    assert capsys.readouterr().out == "--init_from origin.pth was trained with --noise_scale 2; this run has 1\n"
+    say_noise(saved(mmjit()), DiffusionConfig())  # which says nothing of its noise
+    assert capsys.readouterr().out == ""
 
 
 def test_the_same_features_are_a_copy():
@@ -150,6 +180,7 @@ def test_what_cannot_be_of_use_is_one_line():
 def test_flags_that_contradict_are_one_line(tmp_path):
     with pytest.raises(UserError, match="--init_from begins a run and --resume goes on"):
         parse(["--init_from", "a", "--resume", "b", "--output_dir", "c"])
+    assert parse(["--init_from", "a", "--resume", "b/", "--output_dir", "b"]).train.init_from == "a"
     with pytest.raises(UserError, match="--init_from is for training"):
         parse(["--generate", "--init_from", "a", "--resume", "b"])
     with pytest.raises(UserError, match="--init_from nowhere: no such file or folder"):

@@ -16,6 +16,7 @@ from resume import TrainState
 from util import checkpoint
 from util.ema import Ema
 from util.errors import UserError
+from util.extractors import Extractor
 from util.logging import say
 from util.lr_sched import lr_at
 from util.sheet import captioned_sheet, japanese_font, save_sheet, wrap
@@ -261,3 +262,11 @@ def test_a_line_is_said_whatever_the_names_in_it_are(monkeypatch):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))  # strict
         say("写真/\udcff.png")  # a file's name that is not UTF-8, as Python reads it
         assert sys.stdout.buffer.getvalue().decode(encoding) == f"{shown}\n"
+
+
+def test_evaluation_networks_convolve_in_float32_on_any_device():
+    """cuDNN's convolutions are in TF32 unless that is switched off, and references may be of a CPU."""
+    seen = []
+    network = lambda pictures: seen.append(torch.backends.cudnn.allow_tf32) or [pictures.flatten(1).float()]  # noqa: E731
+    (features,) = Extractor("x", network, torch.device("cpu"))(torch.ones(2, 3, 4, 4, dtype=torch.uint8))
+    assert features.shape == (2, 48) and seen == [False] and torch.backends.cudnn.allow_tf32

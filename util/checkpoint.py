@@ -260,7 +260,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, net: nn.Module, state
     def own(value: Any, param: Tensor) -> Any:  # not mapped to the file any more
         if not isinstance(value, Tensor | Spread):  # another optimizer's than AdamW may hold numbers
             return value
-        return (shared_as(param, value) if value.shape == param.shape else whole(value)).clone()
+        return (shared_as(param, value) if value.shape == param.shape else whole(value)).to(param.device, copy=True)
 
     state = {name: {key: own(value, params[name]) for key, value in state[name].items()} for name in order}
     optimizer.load_state_dict({"state": {i: state[name] for i, name in enumerate(order)}, "param_groups": groups})

@@ -32,7 +32,8 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> list[Tensor]:
-        parts = [[layer.float().cpu() for layer in self.network(part.to(self.device))] for part in pictures.split(AT_A_TIME)]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as on a CPU, where references may have been made
+            parts = [[layer.float().cpu() for layer in self.network(part.to(self.device))] for part in pictures.split(AT_A_TIME)]
         return [torch.cat(layer) for layer in zip(*parts)]
 
 

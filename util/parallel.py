@@ -3,10 +3,12 @@
 import copy
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from inspect import signature
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,14 @@ BACKEND = "inductor"
 MOST_GRAPHS = 64  # of a block: by context tokens, dropout, batch, training or drawing; torch's own limit is 8, and an error beyond it
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU that computes in bf16.  One before compute capability 8 (T4, RTX 20) emulates it, slowly, and Inductor compiles nothing in it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """What --precision means on this device."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return precision == "bf16" or (precision == "auto" and has_bf16(device))
 
 
 def to_device(tensor: Y, device: torch.device) -> Y:
@@ -42,10 +49,15 @@ def in_precision(net: Callable, device: torch.device, bf16: bool) -> Callable:
     return call
 
 
-def compiler_lacks(device: torch.device) -> str:
+def compiler_lacks(device: torch.device, bf16: bool = False) -> str:
     """What torch.compile would not find on this machine."""
     if device.type == "cuda" and not torch.utils._triton.has_triton():
         return "Triton"
+    if device.type == "cuda" and bf16 and not has_bf16(device):
+        return "a GPU that computes in bf16 (--precision fp32 is faster on this one)"
+    scheme = "posix_prefix" if sysconfig.get_default_scheme() == "posix_local" else sysconfig.get_default_scheme()  # as Triton looks for them on Debian
+    if not Path(sysconfig.get_paths(scheme)["include"], "Python.h").is_file():
+        return "Python.h (Debian and Ubuntu: python3-dev)"
     names = [os.environ.get("CC"), "gcc", "clang"] if device.type == "cuda" else [os.environ.get("CXX"), "g++", "clang++"]
     return "" if any(name and shutil.which(name) for name in names) else f"a compiler ({names[1]})"
 
@@ -55,10 +67,10 @@ def tell_lacking(lacking: str) -> None:
     say(f"warning: {lacking} is not here, so nothing is compiled and training takes about twice as long; --no-compile says that this is meant")
 
 
-def uses_compile(asked: bool | None, device: torch.device, usual: bool = True) -> bool:
+def uses_compile(asked: bool | None, device: torch.device, bf16: bool = False, usual: bool = True) -> bool:
     """What --compile means on this device.  usual: whether it pays on a GPU.  Raises: UserError where it is asked for and cannot be had."""
     wanted = usual and device.type == "cuda" if asked is None else asked
-    lacking = compiler_lacks(device) if wanted else ""
+    lacking = compiler_lacks(device, bf16) if wanted else ""
     if lacking and asked:
         raise UserError(f"--compile needs {lacking}, which is not here; install it, or leave the flag out")
     if lacking:

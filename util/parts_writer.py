@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent import futures
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -26,6 +28,7 @@ from util import checkpoint
 from util import distributed as dist
 from util.errors import one_line
 from util.files import sync
+from util.logging import say
 from util.parts import OFFSETS, SECTIONS, flat
 
 
@@ -89,13 +92,29 @@ def write_parts(state: Mapping[str, Any], path: Path) -> None:
         dcp.save(tensors, storage_writer=folder, no_dist=True)
 
 
+class Stager(DefaultStager):
+    """torch's, but where memory cannot be page-locked it copies without: an error on one rank would leave the others waiting for it."""
+
+    def _stage(self, state_dict: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
+        try:
+            return super()._stage(state_dict, **kwargs)
+        except RuntimeError as error:
+            if not self._state_dict_stager.pin_memory:
+                raise
+            say(f"warning: host memory could not be page-locked ({one_line(error)}); checkpoints are copied more slowly")
+            self._state_dict_stager = StateDictStager(pin_memory=False)
+            with suppress(RuntimeError):
+                torch.cuda.synchronize()  # CUDA tells the next call of the error
+            return super()._stage(state_dict, **kwargs)
+
+
 class PartsWriter(checkpoint.Writer):
     """A Writer of all processes together: what fails on one has failed on all.  Collective."""
 
     def __init__(self, keep_last: int | None, device: torch.device):
         super().__init__(keep_last)
         self.gpu = gpu = device.type == "cuda"
-        self.stager = DefaultStager(StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=gpu, use_non_blocking_copy=gpu))
+        self.stager = Stager(StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=gpu, use_non_blocking_copy=gpu))
         self.group, self.copying = dist.group_of_cpus(), None
 
     def write(self, state: Mapping[str, Any], path: Path, numbered: Path | None = None) -> None:
@@ -109,7 +128,7 @@ class PartsWriter(checkpoint.Writer):
 
     def settle(self) -> None:
         if self.copying:
-            self.copying.result()
+            futures.wait([self.copying])  # its error is told by wait()
             self.copying = None
 
     def start(self) -> None:

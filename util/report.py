@@ -41,11 +41,13 @@ def first_lines(job: TrainJob, sizes: Sizes, device: torch.device, bf16: bool) -
     yield f"batch: {batch} = {parts}; lr {lr:.3e}; {'bf16' if bf16 else 'fp32'} on {device}"
     if train.parallel != "ddp":
         yield f"weights, averages and optimizer are shared out among {processes} processes ({train.parallel})"
-    if train.lr is None and lr < LOW_LR:
+    if train.lr is None and lr < LOW_LR and not train.init_from:
         yield (
             f"warning: --blr {train.blr} and an effective batch of {batch} give a learning rate of {lr:.1e}, below {LOW_LR:.0e}: "
             "training will be very slow. Set --lr (1e-4 to 2e-4 for JiT-B and larger), or raise --accum_iter"
         )
+    if train.min_lr > lr:
+        yield f"warning: --min_lr {train.min_lr:g} is above the peak, {lr:.1e}: the learning rate will rise to it"
     if model.img_size > 256 and job.diffusion.noise_scale == 1:
         yield f"warning: --noise_scale 1 at {model.img_size} pixels; the paper scales the noise by img_size / 256, here {model.img_size / 256:g}"
     if train.label_drop_prob == 0 and job.drawing.sampler.cfg_scale != 1:
