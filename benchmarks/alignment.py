@@ -172,11 +172,13 @@ def stages() -> Iterator[Experiment]:
 
 
 def optimizers() -> Iterator[Experiment]:
-    """AdamW against Muon: the rate at half of the pictures, then three seeds at each one's best."""
+    """AdamW against Muon: the rate at half of the pictures, then three seeds at each one's best, at half of the pictures and at all."""
     for optimizer, best in BEST.items():
         for lr in (RATE / 2, RATE, 2 * RATE):
             yield usual(f"optimizers-{optimizer}-50k-lr{lr:g}", "tokens6", lr=lr, thousands=50, judged=300, optimizer=optimizer)
         for seed in range(3):
+            if seed:  # 0 is one of those above
+                yield usual(f"optimizers-{optimizer}-50k-seed{seed}", "tokens6", seed=seed, lr=best, thousands=50, judged=300, optimizer=optimizer)
             yield usual(f"optimizers-{optimizer}-seed{seed}", "tokens6", seed=seed, lr=best, thousands=100, optimizer=optimizer)
 
 
