@@ -213,7 +213,7 @@ class SamplerConfig(Config):
         "time_shift",
         "above 1 the steps near the noise are shorter, 1 is even steps",
         "1 より大きいとノイズ側のステップが細かくなります。1 は等間隔",
-        bounds=Bounds("[0.001, 1000]", "be in [0.001, 1000]", lambda value: 0.001 <= value <= 1000),
+        bounds=POSITIVE,
     )
 
     def check(self) -> None:
@@ -250,8 +250,8 @@ class TextConfig(Config):
     dtype: str = flag(
         "auto",
         "llm_dtype",
-        "type the language model runs in; auto: that of the checkpoint, else of the text cache, else bf16 on a GPU and fp32 on a CPU",
-        "言語モデルの計算精度。auto はチェックポイント、なければテキストキャッシュに合わせ、どちらもなければ GPU で bf16、CPU で fp32",
+        "type the language model runs in; auto: that of the checkpoint, else of the text cache, else bf16 on a GPU that computes in it and fp32 elsewhere",
+        "言語モデルの計算精度。auto はチェックポイント、なければテキストキャッシュに合わせ、どちらもなければ bf16 を計算できる GPU で bf16、それ以外は fp32",
         choices=("auto", "fp32", "bf16"),
     )
     revision: str | None = None  # of a hub name
@@ -630,8 +630,8 @@ class Run(Config):
     precision: str = flag(
         "auto",
         "precision",
-        "autocast of the network; weights are float32 always; auto: bf16 on a GPU, fp32 on a CPU",
-        "ネットワークの autocast の精度。重みは常に float32。auto は GPU で bf16、CPU で fp32",
+        "autocast of the network; weights are float32 always; auto: bf16 on a GPU that computes in it, fp32 elsewhere",
+        "ネットワークの autocast の精度。重みは常に float32。auto は bf16 を計算できる GPU で bf16、それ以外は fp32",
         choices=("auto", "bf16", "fp32"),
     )
     compile: bool | None = flag(
@@ -788,7 +788,7 @@ class ExportJob(FromCheckpoint):
     """export.py."""
 
     out: str = flag("", "out", "a new folder", "新しいフォルダ")
-    weights: str | None = flag(None, "eval_ema", "weights that go out", "書き出す重み", choices=WEIGHT_CHOICES, shown="as the checkpoint says")
+    weights: str | None = flag(None, "eval_ema", "weights that go out", "書き出す重み", choices=WEIGHT_CHOICES, shown="as the checkpoint says; with --lora 1")
     lora: str | None = flag(None, "lora", "folder with adapters that are merged into the weights", "重みに足し込むアダプタのフォルダ")
     lora_scale: float = flag(1.0, "lora_scale", "how much of them", "足し込む強さ")
     dtype: str = flag("fp32", "dtype", "of the weights", "重みの型", choices=("fp32", "bf16"))
@@ -824,7 +824,7 @@ class ConvertJob(FromCheckpoint):
 class AppJob(FromCheckpoint):
     """app.py."""
 
-    weights: str | None = flag(None, "eval_ema", "weights that draw", "描画に使う重み", choices=WEIGHT_CHOICES, shown="as the checkpoint says")
+    weights: str | None = flag(None, "eval_ema", "weights that draw", "描画に使う重み", choices=WEIGHT_CHOICES, shown="as the checkpoint says; with --lora 1")
     device: str = flag("auto", "device", "auto: a GPU where there is one", "auto は GPU があれば GPU", choices=("auto", "cuda", "cpu"))
     llm: str | None = flag(
         None, "llm_model_name", "where the language model's folder is now", "言語モデルのフォルダの現在の場所", shown="as the checkpoint says"

@@ -141,12 +141,13 @@ SOLVERS = {"heun": heun, "euler": euler, "ab2": ab2, "dpmpp2m": dpmpp2m}  # --sa
 
 
 def times_of(steps: int, shift: float) -> list[float]:
-    """steps + 1 times from 0 to 1; a shift s > 1 makes steps near the noise shorter: 1 - t -> s (1 - t) / (1 + (s - 1) (1 - t)), arXiv:2403.03206.
+    """steps + 1 times that rise from 0 to 1; a shift s > 1 makes steps near the noise shorter: 1 - t -> s (1 - t) / (1 + (s - 1) (1 - t)), arXiv:2403.03206.
 
     Float32, so that guidance sets in at the same step as in the published sampler.
     """
     t = torch.linspace(0, 1, steps + 1)
-    return [*(t if shift == 1 else t / (shift - (shift - 1) * t)).tolist()[:-1], 1.0]  # the quotient is not always exactly 1
+    times = (t if shift == 1 else t / (shift - (shift - 1) * t)).tolist()[:-1]
+    return list(dict.fromkeys([*times, 1.0]))  # the quotient at 1 is not always exactly 1; a tiny shift makes times near 1 the same
 
 
 def solve(v_fn: VelocityFn, z: Tensor, method: str, times: Sequence[float]) -> Tensor:

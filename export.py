@@ -35,7 +35,7 @@ def export(job: ExportJob) -> Path:
         raise UserError(f"--out {out} is there already; name a new folder, or empty it")
     saved = resume.read_whole(path)
     saved.check_which((job.weights,) if job.weights else ())
-    job = replace(job, weights=job.weights or saved.alone or (None if job.lora else resume.look_up(saved.job, "drawing.weights")) or "1")
+    job = replace(job, weights=job.weights or saved.alone or (saved.best_which if job.lora else resume.look_up(saved.job, "drawing.weights")) or "1")
     if "model" not in saved.job:
         raise UserError(f"--resume {path} does not say which model it is; wanted a checkpoint of this code")
     text, llm = dict(saved.text), job.llm or saved.text.get("llm", "")

@@ -113,7 +113,10 @@ def prepare_evaluation(job: EvaluateJob | SweepJob, saved: Saved) -> Evaluator:
     counts = [job.evaluation.num_images, *([job.sweep.images] if isinstance(job, SweepJob) else [])]
     request = find_requested(job.evaluation, model, counts, device)
     known = "data_path" in job.given or resume.look_up(saved.job, "data.path") is not None  # else an unrelated ./data may lie here
-    needed = (model.is_text and not job.evaluation.captions) or (known and Path(job.data.path).exists())
+    there, needed = Path(job.data.path).exists(), model.is_text and not job.evaluation.captions
+    if there and not (known or needed):
+        say(f"the checkpoint names no data, so {job.data.path} is not read; give --data_path where that is what the pictures are compared with")
+    needed = needed or (known and there)
     dataset = open_data(job.data, model, job.run.seed) if needed else None
     agree_on_data(dataset, saved, job.data.path)
     planned = plan(request, job.data, dataset, output_dir)

@@ -138,10 +138,13 @@ class Saved:
         return {name: whole(value) for name, value in (self.averages[0] or self.weights).items()}
 
     @property
+    def best_which(self) -> str:
+        """Which weights `best` are."""
+        return self.alone or ("1" if self.averages[0] else "raw")
+
+    @property
     def best_name(self) -> str:
-        """What `best` is."""
-        which = self.alone or ("1" if self.averages[0] else "raw")
-        return "the raw weights" if which == "raw" else f"EMA {which}"
+        return "the raw weights" if self.best_which == "raw" else f"EMA {self.best_which}"
 
     def close(self) -> None:
         """Let go of the file: a large model's is tens of gigabytes."""
@@ -417,7 +420,7 @@ def check_data(saved: Saved, world: World, data_path: str) -> None:
     """Says where the files have changed.  Raises: UserError where they have within an epoch: the rest of it would be other pictures."""
     before = saved.world
     if before and (before.data, before.steps_per_epoch) != (world.data, world.steps_per_epoch):
-        files = f"other files in --data_path {data_path}" if before.data != world.data else "this batch size"
+        files = f"other files in --data_path {data_path}" if before.data != world.data else "this batch size or --held_out"
         change = f"epochs of {before.steps_per_epoch} steps, and with {files} they are {world.steps_per_epoch} now"
         if saved.progress.epoch_step:
             raise UserError(f"{saved.path} stands within one of its {change}; give the same data, or begin the epoch again by --start_epoch")
@@ -444,7 +447,7 @@ def completed(job: J, saved: Saved) -> J:
     if "output_dir" not in given and (job.drawing.lora or not saved.path.is_dir()):  # nothing is written into a model's folder
         configs["run"] = replace(configs["run"], output_dir=job.drawing.lora or str(saved.path.parent))
     saved.check_which(given.get("eval_ema", ()))
-    if which := saved.alone or ("1" if job.drawing.lora and "eval_ema" not in given else None):  # adapters are trained on EMA 1
+    if which := saved.alone or (saved.best_which if job.drawing.lora and "eval_ema" not in given else None):  # what adapters are trained on
         configs["drawing"] = replace(configs["drawing"], weights=which)
     job = replace(job, **configs)
     return replace(job, sweep=completed_sweep(job)) if isinstance(job, SweepJob) else job

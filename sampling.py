@@ -170,19 +170,18 @@ def save_pictures(folder: Path, numbers: Sequence[int], pictures: Tensor, digits
 
 
 def generate(painter: Painter, y: Tensor | PackedText, prompts: Sequence, folder: Path) -> Path:
-    """Draw each prompt into folder/NNNN.png, and all of them on folder/sheet.png; those of the call before go.  Collective.
+    """Draw each prompt into folder/NNNN.png, and all of them on folder/sheet.png; what a longer call before has left goes.  Collective.
 
     Args: y: (prompts, ...), their conditions.  Returns: the sheet's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if dist.is_main():
-        for old in folder.glob("[0-9]" * 4 + "*.png"):
-            old.unlink()
-    dist.barrier()
     for numbers, pictures in painter.draw(lambda numbers: y[numbers], len(prompts), "pictures"):
         save_pictures(folder, numbers, pictures, digits=4)
     dist.barrier()
     if dist.is_main():
+        for path in folder.glob("*.png"):
+            if path.stem.isdecimal() and int(path.stem) >= len(prompts):
+                path.unlink()
         captions = [str(prompt) for prompt in prompts]
         (folder / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
         shown = [Image.open(folder / f"{i:04d}.png") for i in range(min(len(prompts), 400))]

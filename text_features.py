@@ -295,7 +295,7 @@ def build_store(config: TextConfig, folder: Path, captions: Sequence[str], promp
     keys = texts.keys()
     store = from_disk(folder, model, texts, keys)
     rows = store.find(keys)
-    say_lengths(store, np.unique(rows[: len(captions)]), np.unique(rows), config.max_text_len)
+    say_lengths(store, np.unique(rows[: len(captions)]), np.unique(rows), rows[len(captions) : -1], config.max_text_len)
     size = sum((folder / name).stat().st_size for name in store.names)
     say(f"text cache {folder}: complete, {len(store)} texts in {size / 1e6:.1f} MB, {size / len(store):.0f} bytes each")
 

@@ -24,7 +24,7 @@ from PIL import Image
 from benchmarks.text_path import caption, status
 from config import Data, DiffusionConfig
 from datasets.source import make_loader, open_captioned
-from datasets.stream import Collate, StreamSampler, View
+from datasets.stream import Collate, Shuffle, StreamSampler, View
 
 ROUTES = ("folder", "metadata.jsonl", "metadata.csv", "metadata.parquet", "table.jsonl", "list.json", "coco.json", "parquet", "tar")
 Captions = Callable[[int], list[str]]
@@ -129,7 +129,7 @@ def bench_speed(args: argparse.Namespace) -> None:
             data = open_captioned(Data(path=str(path), **more), View(256))
             seconds.append(time.perf_counter() - start)
         for _ in range(args.rounds):
-            sampler = StreamSampler(torch.arange(len(data)), 64, range(len(data) // 64), 0, 1, seed=0)
+            sampler = StreamSampler(Shuffle(torch.arange(len(data)), 0), 64, range(len(data) // 64), 0, 1)
             loader = make_loader(data, sampler, Collate(None, DiffusionConfig(), 0.1, seed=0), Data(workers=args.num_workers), torch.device("cpu"))
             batches = iter(loader)
             next(batches)

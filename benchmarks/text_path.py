@@ -34,7 +34,7 @@ from conditioning import Conditioning, LabelConditions
 from config import Data, DiffusionConfig, SamplerConfig, TextConfig, TextSource, Train
 from datasets.imagenet import ClassFolder
 from datasets.source import make_loader, open_captioned
-from datasets.stream import Collate, PackedStrings, StreamSampler, View
+from datasets.stream import Collate, PackedStrings, Shuffle, StreamSampler, View
 from demo.tiny_llm import train_tokenizer
 from denoiser import Objective, sample
 from evaluation.text_gap import TextGap, choose
@@ -135,7 +135,7 @@ class Variant:
         self.net = build(model, width, args).to(device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
         self.emas = [Ema(self.net, 0.9999), Ema(self.net, 0.9996)]
-        sampler = StreamSampler(torch.arange(len(dataset)), args.batch_size, range(10**6), 0, 1, seed=0)
+        sampler = StreamSampler(Shuffle(torch.arange(len(dataset)), 0), args.batch_size, range(10**6), 0, 1)
         collate = Collate(conditions if conditions.in_loader else None, self.diffusion, self.config.label_drop_prob, self.seed)
         self.batches = iter(make_loader(dataset, sampler, collate, Data(workers=args.num_workers), device))
         self.conditions, self.null, self.device, self.n = conditions, conditions.null.to(device), device, 0

@@ -417,7 +417,9 @@ def write_scenes(root: Path, options: SceneSet) -> None:
         raise UserError(f"{root / 'images'} is not empty; remove it, or give --out another folder")
     numbers = range(options.count)
     parts = [numbers[first : first + 256] for first in range(0, options.count, 256)]
-    with closing(in_processes(partial(write_some, root=root, options=options), parts, min(own_cores(), len(parts)), f"remove {root} and try again")) as done:
+    with closing(
+        in_processes(partial(write_some, root=root, options=options), parts, min(own_cores(), len(parts)), f"remove {root / 'images'} and try again")
+    ) as done:
         for _ in done:
             pass
 

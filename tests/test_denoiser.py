@@ -1,6 +1,7 @@
 """The method's facts: path, velocity, loss, guidance and solvers in closed form."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -93,6 +94,14 @@ def test_a_shift_bends_the_times_and_keeps_their_ends(shift):
     assert even == torch.linspace(0, 1, 11).tolist() and times[0] == 0 and times[-1] == 1 and times == sorted(times)
     for t, bent in zip(even, times):
         assert 1 - bent == pytest.approx(shift * (1 - t) / (1 + (shift - 1) * (1 - t)), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.parametrize("shift", [1e-6, 1e6])
+def test_times_that_float32_cannot_tell_apart_are_one(method, shift):
+    times = times_of(50, shift)
+    assert times[0] == 0 and times[-1] == 1 and all(before < after for before, after in pairwise(times))
+    assert solve(gaussian_velocity, torch.ones(1, 3, 1, 1), method, times).isfinite().all()
 
 
 def test_network_calls_per_picture():

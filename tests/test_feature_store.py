@@ -179,6 +179,7 @@ def test_killed_at_any_moment_and_started_again_the_bytes_are_the_same(moment, s
 
 def test_killed_again_and_again_at_random_moments_it_comes_to_the_same_end(llm_folder, tmp_path, monkeypatch):
     whole, parts, kills = tmp_path / "whole", tmp_path / "parts", 0
+    prepare(tmp_path / "first", llm_folder())  # with all that is imported at the first time
     start = time.perf_counter()
     prepare(whole, llm_folder())
     patience = time.perf_counter() - start

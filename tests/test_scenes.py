@@ -360,7 +360,7 @@ def test_the_command_lines(tmp_path, monkeypatch, capsys):
             run_main(scenes, monkeypatch, *argv)
     with pytest.raises(UserError, match="not empty"):
         write_scenes(out, SceneSet("two", 1))
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="a process died; remove .*killed and try again"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="a process died; remove .*killed/images and try again"):
         patch.setattr(scenes, "write_scene", lambda *_: os._exit(9))
         patch.setattr(scenes, "own_cores", lambda: 2)
         write_scenes(tmp_path / "killed", SceneSet("two", 300))

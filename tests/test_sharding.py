@@ -165,7 +165,7 @@ def test_a_state_is_staged_without_page_locked_memory_where_that_is_refused(monk
     for step in (1, 2):
         value = torch.arange(4.0) + step
         assert torch.equal(stager.stage({"a": value})["a"], torch.arange(4.0) + step)
-    assert capsys.readouterr().out.count("warning: host memory could not be page-locked (Registering memory failed") == 1
+    assert capsys.readouterr().out.count("warning: rank 0: host memory could not be page-locked (Registering memory failed") == 1
     stager.close()
 
 

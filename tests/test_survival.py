@@ -517,7 +517,7 @@ def test_within_an_epoch_the_data_must_be_the_same(tmp_path, llm_folder, monkeyp
     run(*argv, "--epochs", "2")
     assert "had epochs of 6 steps, and with other files" in capsys.readouterr().out
     run(*argv, "--epochs", "3", "--start_epoch", "2", "--batch_size", "4")
-    assert "had epochs of 8 steps, and with this batch size they are 4 now" in capsys.readouterr().out
+    assert "had epochs of 8 steps, and with this batch size or --held_out they are 4 now" in capsys.readouterr().out
 
 
 def test_two_jobs_in_one_output_dir(text_data, llm_folder, tmp_path, capfd):

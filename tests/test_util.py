@@ -3,20 +3,24 @@
 import argparse
 import io
 import math
+import os
 import pickle
+import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 from resume import TrainState
 from util import checkpoint
 from util.ema import Ema
 from util.errors import UserError
-from util.extractors import Extractor
+from util.extractors import Extractor, load_clip
 from util.logging import say
 from util.lr_sched import lr_at
 from util.sheet import captioned_sheet, japanese_font, save_sheet, wrap
@@ -264,9 +268,40 @@ def test_a_line_is_said_whatever_the_names_in_it_are(monkeypatch):
         assert sys.stdout.buffer.getvalue().decode(encoding) == f"{shown}\n"
 
 
-def test_evaluation_networks_convolve_in_float32_on_any_device():
+def test_evaluation_networks_convolve_in_float32_on_any_device(clip_folder, monkeypatch):
     """cuDNN's convolutions are in TF32 unless that is switched off, and references may be of a CPU."""
     seen = []
+    clip = load_clip(str(clip_folder()), torch.device("cpu"))
+    features = clip.network.get_image_features
+    monkeypatch.setattr(clip.network, "get_image_features", lambda **inputs: seen.append(torch.backends.cudnn.allow_tf32) or features(**inputs))
+    assert clip.of_pictures(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)).isfinite().all() and seen == [False]
+    seen.clear()
     network = lambda pictures: seen.append(torch.backends.cudnn.allow_tf32) or [pictures.flatten(1).float()]  # noqa: E731
     (features,) = Extractor("x", network, torch.device("cpu"))(torch.ones(2, 3, 4, 4, dtype=torch.uint8))
     assert features.shape == (2, 48) and seen == [False] and torch.backends.cudnn.allow_tf32
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_the_others_writing():
+    def child(work) -> int:
+        pid = os.fork()
+        if not pid:
+            work()
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert child(lambda: (tqdm.get_lock().acquire(), os.kill(os.getpid(), signal.SIGKILL))) == -signal.SIGKILL
+    assert tqdm.get_lock().acquire(timeout=1)  # by any thread, so it is free
+    tqdm.get_lock().release()
+    held, end = threading.Event(), threading.Event()
+
+    def hold():
+        with tqdm.get_lock():
+            held.set()
+            end.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    assert child(lambda: os._exit(0 if tqdm.get_lock().acquire(timeout=1) else 3)) == 0  # forked while another thread writes
+    end.set()
+    thread.join()

@@ -4,7 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,11 @@ INCEPTION_WIDTH = 2048
 AT_A_TIME = 64  # pictures: Inception's first layers take 11 MB each
 
 
+def in_float32() -> AbstractContextManager:
+    """Inside, cuDNN's convolutions are in float32 as on a CPU, where references may have been made; its default is TF32."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 @dataclass(frozen=True)
 class Extractor:
     """uint8 pictures (B, 3, H, W) -> float32 features on the CPU, one (B, width) for each layer asked for."""
@@ -32,7 +37,7 @@ class Extractor:
 
     @torch.inference_mode()
     def __call__(self, pictures: Tensor) -> list[Tensor]:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as on a CPU, where references may have been made
+        with in_float32():
             parts = [[layer.float().cpu() for layer in self.network(part.to(self.device))] for part in pictures.split(AT_A_TIME)]
         return [torch.cat(layer) for layer in zip(*parts)]
 
@@ -194,7 +199,8 @@ class Clip:
         parts = []
         for part in pictures.split(AT_A_TIME):
             pixels = self.processor(images=list(part), return_tensors="pt")["pixel_values"]
-            parts.append(self._unit(self.network.get_image_features(pixel_values=pixels.to(self.device))))
+            with in_float32():
+                parts.append(self._unit(self.network.get_image_features(pixel_values=pixels.to(self.device))))
         return torch.cat(parts)
 
 

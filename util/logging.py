@@ -1,6 +1,8 @@
 """What a run says while it trains, in lines and progress bars, on rank 0 only."""
 
+import os
 import sys
+import threading
 import weakref
 
 from tqdm import tqdm
@@ -9,6 +11,15 @@ from util import distributed as dist
 from util.errors import BEFORE_LEAVING
 
 OPEN_BARS: weakref.WeakSet = weakref.WeakSet()
+
+
+def own_lock() -> None:
+    """tqdm's usual lock is one for all forked processes: one that is killed while it writes holds it for ever, and the others wait."""
+    tqdm.set_lock(threading.RLock())
+
+
+own_lock()
+os.register_at_fork(after_in_child=own_lock)
 
 
 def say(text: str) -> None:

@@ -56,7 +56,8 @@ def compiler_lacks(device: torch.device, bf16: bool = False) -> str:
     if device.type == "cuda" and bf16 and not has_bf16(device):
         return "a GPU that computes in bf16 (--precision fp32 is faster on this one)"
     scheme = "posix_prefix" if sysconfig.get_default_scheme() == "posix_local" else sysconfig.get_default_scheme()  # as Triton looks for them on Debian
-    if not Path(sysconfig.get_paths(scheme)["include"], "Python.h").is_file():
+    places = [sysconfig.get_paths(scheme)["include"], *os.environ.get("CPATH", "").split(":"), *os.environ.get("C_INCLUDE_PATH", "").split(":")]
+    if not any(Path(place, "Python.h").is_file() for place in places if place):
         return "Python.h (Debian and Ubuntu: python3-dev)"
     names = [os.environ.get("CC"), "gcc", "clang"] if device.type == "cuda" else [os.environ.get("CXX"), "g++", "clang++"]
     return "" if any(name and shutil.which(name) for name in names) else f"a compiler ({names[1]})"

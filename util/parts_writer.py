@@ -28,7 +28,6 @@ from util import checkpoint
 from util import distributed as dist
 from util.errors import one_line
 from util.files import sync
-from util.logging import say
 from util.parts import OFFSETS, SECTIONS, flat
 
 
@@ -101,10 +100,11 @@ class Stager(DefaultStager):
         except RuntimeError as error:
             if not self._state_dict_stager.pin_memory:
                 raise
-            say(f"warning: host memory could not be page-locked ({one_line(error)}); checkpoints are copied more slowly")
+            print(f"warning: rank {dist.rank()}: host memory could not be page-locked ({one_line(error)}); checkpoints are copied more slowly", flush=True)
+            with suppress(RuntimeError):  # CUDA tells the next call of the error
+                if self._staging_stream:
+                    self._staging_stream.synchronize()
             self._state_dict_stager = StateDictStager(pin_memory=False)
-            with suppress(RuntimeError):
-                torch.cuda.synchronize()  # CUDA tells the next call of the error
             return super()._stage(state_dict, **kwargs)
 
 
