@@ -59,10 +59,12 @@ def describe(folder: str, scale: float) -> str:
 
 
 def check_folder(folder: str) -> None:
-    """Raises: UserError for what is no folder of peft's LoRA."""
+    """Raises: UserError for what is no folder of peft's LoRA, or holds more than its matrices A and B (DoRA, biases, whole layers)."""
     need_package("peft", "--lora")
     if not (Path(folder) / CONFIG).is_file() or not (Path(folder) / FILE).is_file():
         raise UserError(f"--lora {folder}: wanted a folder with {CONFIG} and {FILE}, as --lora_rank and peft write it")
+    if others := [name for name in header(folder)[0] if not {"lora_A", "lora_B"} & set(name.split("."))]:
+        raise UserError(f"--lora {folder} holds {others[0]}; wanted LoRA's own matrices alone (lora_A, lora_B), without DoRA, biases or whole layers")
 
 
 def compare_base(net: nn.Module, folder: str) -> None:
@@ -74,26 +76,16 @@ def compare_base(net: nn.Module, folder: str) -> None:
 
 def base_of(folder: str) -> str:
     """The hash of the weights that adapters were trained on; nothing where their file does not say.  Raises: UserError for a file that cannot be read."""
+    return header(folder)[1].get("base", "")
+
+
+def header(folder: str) -> tuple[list[str], dict[str, str]]:
+    """The names of the tensors in a file of adapters, and its metadata.  Raises: UserError for a file that cannot be read."""
     try:
         with safe_open(Path(folder) / FILE, "pt") as file:
-            return (file.metadata() or {}).get("base", "")
+            return list(file.keys()), file.metadata() or {}
     except Exception as error:  # cut short, no safetensors: safetensors' own exception
-        raise unreadable(folder, error) from error
-
-
-def unreadable(folder: str, error: Exception) -> UserError:
-    return UserError(f"--lora {folder}: {FILE} cannot be read ({one_line(error)})")
-
-
-def check_content(folder: str) -> None:
-    """Raises: UserError where a file holds more than the matrices A and B, or other ones (DoRA, biases, whole layers), or cannot be read."""
-    try:
-        with safe_open(Path(folder) / FILE, "pt") as file:
-            others = [name for name in file.keys() if not {"lora_A", "lora_B"} & set(name.split("."))]  # noqa: SIM118 (it is no dict)
-    except Exception as error:
-        raise unreadable(folder, error) from error
-    if others:
-        raise UserError(f"--lora {folder} holds {others[0]}; wanted LoRA's own matrices alone (lora_A, lora_B), without DoRA, biases or whole layers")
+        raise UserError(f"--lora {folder}: {FILE} cannot be read ({one_line(error)})") from error
 
 
 def merge(net: nn.Module, folder: str, scale: float) -> None:
@@ -102,7 +94,6 @@ def merge(net: nn.Module, folder: str, scale: float) -> None:
     from peft.tuners.lora import LoraLayer
     from peft.utils import load_peft_weights
 
-    check_content(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is missing is an error below
