@@ -42,10 +42,9 @@ from util.lr_sched import lr_at
 from util.metrics import Moments, frechet_distance
 from util.skips import Skips
 
-CPU = torch.device("cpu")
 SIZE = 32
 DIMENSIONS, PATCHES = (2, 8, 16, 64, 512), (4, 8, 16, 32)
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 TUNING_SEED = 99  # and a third of the steps
 SPIRAL_TURNS, SPIRAL_RADIUS, THICKNESS = 2, 2.0, 0.02
 PAIRS = [(colour, digit) for digit in range(10) for colour in COLOURS]  # the classes
@@ -116,38 +115,53 @@ def noise_form(found: dict[Experiment, dict]) -> list[Experiment]:
     return [*(replace(base, P_mean=m) for m in (0.0, -0.4, -0.8, -1.2)), *(replace(base, noise=scale) for scale in (0.5, 2.0))]
 
 
-def seeded_form(found: dict[Experiment, dict]) -> list[Experiment]:
-    """All that the tables are made of, when the trials are found."""
-    tuned_form = [*(tuned(one, found) for one in full_form()), *noise_form(found)]
+def seeded_form(wanted: Sequence[Experiment], found: dict[Experiment, dict]) -> list[Experiment]:
+    """All that the tables are made of, when the trials of what is wanted of full_form are found."""
+    tuned_form = [tuned(one, found) for one in wanted]
+    if pictures("x", 8) in wanted:
+        tuned_form += noise_form(found)
     return [replace(one, seed=seed) for one in dict.fromkeys(tuned_form) for seed in range(5 if one.kind == "toy" else 3)]
 
 
 # --- training and drawing, which all share
 
 
-def train(net: nn.Module, one: Experiment, batch_of: Callable[[torch.Generator], tuple[Tensor, Tensor, Tensor]]) -> TrainState:
-    """batch_of: generator -> x, t, y."""
-    generator = torch.Generator().manual_seed(one.seed)
+def train(net: nn.Module, one: Experiment, batch_of: Callable[[torch.Generator], tuple[Tensor, Tensor, Tensor]], hasten: bool = False) -> TrainState:
+    """On the device of the network's weights.  batch_of: generator -> x, t, y, which a processor draws, so that every device sees the same."""
+    generator, device = torch.Generator().manual_seed(one.seed), next(net.parameters()).device
     config = DiffusionConfig(P_mean=one.P_mean, noise_scale=one.noise)
+    if hasten:
+        x, t, y = batch_of(torch.Generator())
+        net = hastened(net, x.to(device), t.to(device), y.to(device))
     net = Predicting(net, one.predicts, config.t_eps)
-    state = TrainState(net=net, optimizer=engine.make_optimizer(net, 0.0, CPU), emas=averages_of(net, Averages(decay1=0.999, decay2=0.999)))
-    objective, skips = Objective(config, LOSSES[one.loss]), Skips(CPU)
+    state = TrainState(net=net, optimizer=engine.make_optimizer(net, 0.0, device), emas=averages_of(net, Averages(decay1=0.999, decay2=0.999)))
+    objective, skips = Objective(config, LOSSES[one.loss]), Skips(device)
     for step in range(one.steps):
         for group in state.optimizer.param_groups:
             group["lr"] = lr_at(step, one.lr, one.steps / 20, one.steps, "cosine")
         x, t, y = batch_of(generator)
-        objective(net, x, torch.randn(x.shape, generator=generator), t, y).backward()
+        noise = torch.randn(x.shape, generator=generator)
+        objective(net, x.to(device), noise.to(device), t.to(device), y.to(device)).backward()
         engine.take_step(state, 1.0, skips)
     return state
 
 
+def hastened(net: nn.Module, *inputs: Tensor) -> nn.Module:
+    """On a GPU one CUDA graph; on a CPU compiled: a quarter of the time less, and half a minute once a process and patch size."""
+    if inputs[0].is_cuda:
+        return torch.cuda.make_graphed_callables(net, inputs)
+    parallel.compile_blocks(net, dynamic=False)
+    return net
+
+
 def draw(state: TrainState, one: Experiment, shape: Sequence[int], y: Tensor, part: int) -> Tensor:
-    """Pictures or points under y, `part` at a time, by Heun without guidance."""
+    """Pictures or points under y, `part` at a time, by Heun without guidance.  Returns: on the CPU."""
+    device = next(state.net.parameters()).device
     normal = torch.randn((len(y), *shape), generator=torch.Generator().manual_seed(one.seed + 1))
     config, sampler = DiffusionConfig(P_mean=one.P_mean, noise_scale=one.noise), SamplerConfig(steps=25 if one.kind == "toy" else 20)
     with state.drawing("1"):
-        parts = zip(normal.split(part), y.split(part))
-        return torch.cat([sample(state.net.eval(), noise, rows, rows, config, sampler) for noise, rows in parts])
+        parts = zip(normal.to(device).split(part), y.to(device).split(part))
+        return torch.cat([sample(state.net.eval(), noise, rows, rows, config, sampler) for noise, rows in parts]).cpu()
 
 
 # --- the toy
@@ -172,7 +186,7 @@ def sliced_distance(a: Tensor, b: Tensor, directions: int = 128) -> float:
     return float(((a @ rays).sort(dim=0).values - (b @ rays).sort(dim=0).values).square().mean().sqrt())
 
 
-def run_toy(one: Experiment, out: Path) -> dict:
+def run_toy(one: Experiment, out: Path, device: str = "cpu") -> dict:
     place = plane(one.dims)
 
     def batch_of(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +194,7 @@ def run_toy(one: Experiment, out: Path) -> dict:
         return x[:, :, None, None], torch.rand(len(x), generator=generator), torch.zeros(len(x))
 
     torch.manual_seed(one.seed)
-    state = train(Mlp(one.dims), one, batch_of)
+    state = train(Mlp(one.dims).to(device), one, batch_of)
     points = draw(state, one, (one.dims, 1, 1), torch.zeros(one.drawn), 4000).flatten(1)
     fresh = [spiral(one.drawn, torch.Generator().manual_seed(1000 + 2 * one.seed + i)) for i in range(2)]
     inside = points @ place
@@ -263,8 +277,7 @@ def eyes(path: Path) -> Eyes:
     return Eyes(path)
 
 
-def run_pictures(one: Experiment, out: Path, compile: bool = False) -> dict:
-    """compile: a quarter of the time less, and half a minute once a process and patch size."""
+def run_pictures(one: Experiment, out: Path, device: str = "cpu", hasten: bool = False) -> dict:
     seen, (drawn, pairs) = eyes(out / "classifier.pt"), digits()
 
     def batch_of(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,10 +287,8 @@ def run_pictures(one: Experiment, out: Path, compile: bool = False) -> dict:
 
     torch.manual_seed(one.seed)
     shape = {"hidden_size": 128, "depth": 4, "num_heads": 4, "bottleneck_dim": 128, "in_context_len": 8, "in_context_start": 1}
-    net = JiT(SIZE, one.dims, num_classes=len(PAIRS), **shape)
-    if compile:
-        parallel.compile_blocks(net, dynamic=False)
-    state = train(net, one, batch_of)
+    net = JiT(SIZE, one.dims, num_classes=len(PAIRS), **shape).to(device)
+    state = train(net, one, batch_of, hasten)
     asked = torch.arange(one.drawn) % len(PAIRS)
     made = draw(state, one, (3, SIZE, SIZE), asked, 50)
     levels = to_levels(made.nan_to_num(0.0))
@@ -295,8 +306,8 @@ def run_pictures(one: Experiment, out: Path, compile: bool = False) -> dict:
 # --- all of them
 
 
-def run_one(one: Experiment, out: Path, compile: bool = False) -> dict:
-    return run_toy(one, out) if one.kind == "toy" else run_pictures(one, out, compile)
+def run_one(one: Experiment, out: Path, device: str = "cpu", hasten: bool = False) -> dict:
+    return run_toy(one, out, device) if one.kind == "toy" else run_pictures(one, out, device, hasten)
 
 
 class Found(dict[Experiment, dict]):
@@ -317,14 +328,14 @@ class Found(dict[Experiment, dict]):
         return {one: self[one] for one in experiments}
 
 
-def run_all(experiments: Sequence[Experiment], found: Found, out: Path, jobs: int, compile: bool = False) -> None:
+def run_all(experiments: Sequence[Experiment], found: Found, out: Path, jobs: int, device: str = "cpu", hasten: bool = False) -> None:
     """Those that are not found yet, into found."""
     left = [one for one in dict.fromkeys(experiments) if one not in found]
     if not left:
         return
     bar = progress_bar(len(left), "networks", unit="network")
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = {pool.submit(run_one, one, out, compile): one for one in left}
+        waiting = {pool.submit(run_one, one, out, device, hasten): one for one in left}
         for done in as_completed(waiting):
             one, result = waiting[done], done.result()
             found.keep(one, result)
@@ -333,19 +344,24 @@ def run_all(experiments: Sequence[Experiment], found: Found, out: Path, jobs: in
     bar.close()
 
 
-def run(out: Path, full: bool, jobs: int) -> dict[Experiment, dict]:
+def run(out: Path, full: bool, jobs: int, device: str, only: str | None) -> dict[Experiment, dict]:
     """Returns: what belongs to the form."""
+
+    def of_kind(experiments: Iterable[Experiment]) -> list[Experiment]:
+        return [one for one in experiments if only in (None, one.kind)]
+
     (out / "drawn").mkdir(parents=True, exist_ok=True)
     if not (out / "classifier.pt").exists():
         train_classifier(out / "classifier.pt", 1500)
     found = Found(out / "found.jsonl")
     if not full:
-        run_all(short_form(), found, out, jobs)
-        return found.of(short_form())
-    compile = not parallel.compiler_lacks(CPU)
-    run_all([trial(one, lr) for one in full_form() for lr in RATES], found, out, jobs, compile)
-    run_all(seeded_form(found), found, out, jobs, compile)
-    return found.of(seeded_form(found))
+        run_all(of_kind(short_form()), found, out, jobs, device)
+        return found.of(of_kind(short_form()))
+    hasten = device == "cuda" or not parallel.compiler_lacks(torch.device(device))
+    wanted = of_kind(full_form())
+    run_all([trial(one, lr) for one in wanted for lr in RATES], found, out, jobs, device, hasten)
+    run_all(seeded_form(wanted, found), found, out, jobs, device, hasten)
+    return found.of(seeded_form(wanted, found))
 
 
 # --- what is told
@@ -454,10 +470,10 @@ def draw_pictures(found: dict[Experiment, dict], out: Path) -> None:
 
 def tell(found: dict[Experiment, dict], out: Path) -> None:
     gathered = groups(found)
-    floors = [result["floor"] for one, results in gathered.items() if one.kind == "pictures" for result in results]
+    floor = max((result["floor"] for one, results in gathered.items() if one.kind == "pictures" for result in results), default=0.0)
     for title, lines in (
         ("The toy under the v-loss: sliced Wasserstein-2 distance of what is drawn from the spiral; floor: of the spiral from itself", toy_table(gathered)),
-        (f"Pictures: colour and digit right, and Frechet distance from the real ones (of real from real: {figure(max(floors))})", pictures_table(gathered)),
+        (f"Pictures: colour and digit right, and Frechet distance from the real ones (of real from real: {figure(floor)})", pictures_table(gathered)),
         ("The noise level, x-prediction under the v-loss, patches of 8", noise_table(gathered)),
     ):
         if len(table := list(lines)) > 2:
@@ -471,9 +487,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/science"))
     parser.add_argument("--full", action="store_true", help="all of it, an estimated six hours on two cores")
+    parser.add_argument("--only", choices=("toy", "pictures"), default=None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, each on one core")
     args = parser.parse_args()
-    tell(run(args.out, args.full, args.jobs), args.out)
+    tell(run(args.out, args.full, args.jobs, args.device, args.only), args.out)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,11 @@
 # A caption of 40 tokens takes 246 KB in the text cache with llm-jp-3-3.7b, 41 KB with llm-jp-3-150m; docs/text.md says when to do without the cache.
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
-# Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-26, eager):
-#   measured        648 pictures/s on one H100 at batch 128, 28.6 GB at the peak: 32 hours on eight if they scale
+# Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-28, compiled):
+#   measured        1,630 pictures/s on one H100 at batch 128, 19.1 GB at the peak: 13 hours per million pictures on eight if they scale
 #   forward         57 GFLOP per picture: 256 patches, and 77 tokens from block 4 on
 #   training        three times as much: 170 GFLOP per picture
 #   per million pictures of data   0.17 EFLOP per epoch, 102 EFLOP for 600 epochs
-#   time            15 hours per million pictures on eight H100, computed for compiled steps (docs/running.md), which nobody has measured
 #   memory          2.7 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 132.8M parameters), gradients 0.5 GB,
 #                   activations 0.24 GB per picture: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted without a GPU)
 set -euo pipefail

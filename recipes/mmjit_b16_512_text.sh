@@ -11,13 +11,11 @@
 # --text_cache disk. Captions are dropped at .1 and read up to 256 tokens by default. MiniT2I draws with cfg 2.5 to look at, with 5 to 6 for GenEval.
 # The same command again resumes. Flags at the end are added to the command, and a flag given twice counts the second time.
 #
-# Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-26, eager):
-#   measured        119 pictures/s on one H100 at batch 32, 37.7 GB at the peak, without the encoder: 75 hours on eight if they scale
+# Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-28, compiled):
+#   measured        249 pictures/s on one H100 at batch 32, 27.9 GB at the peak, without the encoder: 36 hours on eight if they scale
 #   forward         400 GFLOP per picture: 1024 patches and 256 text tokens
 #   training        three times as much: 1.20 TFLOP per picture, and 0.07 TFLOP for a caption of 150 tokens in the encoder
 #   250,000 steps   326 EFLOP
-#   time            39 hours on eight H100, computed for compiled steps (docs/running.md), without the encoder,
-#                   which nobody has measured
 #   memory          5.0 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 251.0M parameters), gradients 1.0 GB,
 #                   activations 1.26 GB per picture: 40 GB at 32 (tensors that autograd keeps under bf16 autocast, counted without a GPU).
 #                   On 141-GB cards --batch_size 64 --accum_iter 2 make the same batch

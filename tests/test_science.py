@@ -70,6 +70,7 @@ def test_the_full_form_has_what_the_paper_has_and_chooses_the_best_rate():
     assert len([one for one in full if one.kind == "toy"]) == 15 and len([one for one in full if one.kind == "pictures"]) == 36
     found = {science.trial(one, lr): {"distance": abs(lr - 1e-3)} for one in full for lr in science.RATES}
     assert {science.tuned(one, found).lr for one in full} == {1e-3}
-    seeds = science.seeded_form(found)
+    seeds = science.seeded_form(full, found)
     assert len(seeds) == len(set(seeds)) == 15 * 5 + (36 + 5) * 3  # x-prediction in patches of 8 under the v-loss is one of both tables
+    assert len(science.seeded_form([one for one in full if one.kind == "toy"], found)) == 15 * 5  # --only toy
     assert {(one.P_mean, one.noise) for one in science.noise_form(found)} == {(0, 1), (-0.4, 1), (-0.8, 1), (-1.2, 1), (-0.8, 0.5), (-0.8, 2)}
