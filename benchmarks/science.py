@@ -44,7 +44,7 @@ from util.skips import Skips
 
 SIZE = 32
 DIMENSIONS, PATCHES = (2, 8, 16, 64, 512), (4, 8, 16, 32)
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 TUNING_SEED = 99  # and a third of the steps
 SPIRAL_TURNS, SPIRAL_RADIUS, THICKNESS = 2, 2.0, 0.02
 PAIRS = [(colour, digit) for digit in range(10) for colour in COLOURS]  # the classes
