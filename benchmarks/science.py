@@ -35,7 +35,9 @@ from denoiser import Objective, sample, sample_time
 from models_jit import JiT
 from resume import TrainState
 from util import checkpoint, parallel
+from util.distributed import device_of
 from util.ema import averages_of
+from util.errors import told_in_one_line
 from util.files import write_whole
 from util.logging import progress_bar, say
 from util.lr_sched import lr_at
@@ -491,6 +493,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, each on one core")
     args = parser.parse_args()
+    with told_in_one_line():
+        device_of(args.device)
     tell(run(args.out, args.full, args.jobs, args.device, args.only), args.out)
 
 
