@@ -17,7 +17,7 @@
 #   training        three times as much: 170 GFLOP per picture
 #   per million pictures of data   0.17 EFLOP per epoch, 102 EFLOP for 600 epochs
 #   memory          2.7 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 132.8M parameters), gradients 0.5 GB,
-#                   activations 0.24 GB per picture: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted without a GPU)
+#                   activations 0.24 GB per picture, not compiled: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted without a GPU)
 set -euo pipefail
 
 DATA=${DATA:-my_data}

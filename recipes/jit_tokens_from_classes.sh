@@ -23,7 +23,7 @@
 #   per million pictures of data   0.17 EFLOP per epoch, 34 EFLOP for 200 epochs
 #   captions        254 GFLOP for 40 tokens in llm-jp-3-3.7b, once: 0.25 EFLOP for a million
 #   memory          2.7 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 132.8M parameters), gradients 0.5 GB,
-#                   activations 0.24 GB per picture: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted without a GPU)
+#                   activations 0.24 GB per picture, not compiled: 31 GB at 128 (tensors that autograd keeps under bf16 autocast, counted without a GPU)
 set -euo pipefail
 
 FROM=${FROM:-jit_b16/checkpoint-last.pth}

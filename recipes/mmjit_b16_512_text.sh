@@ -17,7 +17,7 @@
 #   training        three times as much: 1.20 TFLOP per picture, and 0.07 TFLOP for a caption of 150 tokens in the encoder
 #   250,000 steps   326 EFLOP
 #   memory          5.0 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 251.0M parameters), gradients 1.0 GB,
-#                   activations 1.26 GB per picture: 40 GB at 32 (tensors that autograd keeps under bf16 autocast, counted without a GPU).
+#                   activations 1.26 GB per picture, not compiled: 40 GB at 32 (tensors that autograd keeps under bf16 autocast, counted without a GPU).
 #                   On 141-GB cards --batch_size 64 --accum_iter 2 make the same batch
 set -euo pipefail
 
