@@ -356,14 +356,14 @@ def run(out: Path, full: bool, jobs: int, device: str, only: str | None) -> dict
     if not (out / "classifier.pt").exists():
         train_classifier(out / "classifier.pt", 1500)
     found = Found(out / "found.jsonl")
-    if not full:
-        run_all(of_kind(short_form()), found, out, jobs, device)
-        return found.of(of_kind(short_form()))
-    hasten = device == "cuda" or not parallel.compiler_lacks(torch.device(device))
-    wanted = of_kind(full_form())
-    run_all([trial(one, lr) for one in wanted for lr in RATES], found, out, jobs, device, hasten)
-    run_all(seeded_form(wanted, found), found, out, jobs, device, hasten)
-    return found.of(seeded_form(wanted, found))
+    if full:
+        hasten, wanted = device == "cuda" or not parallel.compiler_lacks(torch.device(device)), of_kind(full_form())
+        run_all([trial(one, lr) for one in wanted for lr in RATES], found, out, jobs, device, hasten)
+        experiments = seeded_form(wanted, found)
+    else:
+        hasten, experiments = False, of_kind(short_form())
+    run_all(experiments, found, out, jobs, device, hasten)
+    return found.of(experiments)
 
 
 # --- what is told
@@ -489,7 +489,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/science"))
     parser.add_argument("--full", action="store_true", help="all of it, an estimated six hours on two cores")
-    parser.add_argument("--only", choices=("toy", "pictures"), default=None)
+    parser.add_argument("--only", choices=("toy", "pictures"), default=None, help="one of the two; the noise level belongs to the pictures")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, each on one core")
     args = parser.parse_args()
