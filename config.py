@@ -370,7 +370,7 @@ class Data(Config):
         12,
         "num_workers",
         "loader processes per training process, at most its share of the cores",
-        "学習プロセスあたりの読み込みプロセス数（このプロセスに割り当てられるコア数まで）",
+        "学習プロセスあたりのデータローダーのワーカー数（このプロセスに割り当てられるコア数まで）",
         bounds=NOT_NEGATIVE,
     )
     pin_mem: bool = flag(True, "pin_mem", "page-locked memory for faster copies to the GPU", "GPU への転送を速くするページロックメモリ", off="no_pin_mem")
@@ -385,15 +385,15 @@ class Train(Config):
     batch_size: int = flag(
         128,
         "batch_size",
-        "pictures per process and step part; effective batch = batch_size x accum_iter x processes",
-        "1 プロセス・1 分割あたりの画像数。実効バッチ = batch_size x accum_iter x プロセス数",
+        "pictures per process and micro-batch; effective batch = batch_size x accum_iter x processes",
+        "1 プロセスのマイクロバッチあたりの画像数。実効バッチ = batch_size x accum_iter x プロセス数",
         bounds=AT_LEAST_1,
     )
     accum_iter: int = flag(
         1,
         "accum_iter",
-        "parts whose gradients are added up before each optimizer step",
-        "オプティマイザの 1 ステップで勾配を合計する分割数",
+        "gradient accumulation: micro-batches per optimizer step",
+        "勾配累積の回数（オプティマイザの 1 ステップあたりのマイクロバッチ数）",
         bounds=AT_LEAST_1,
     )
     optimizer: str = flag(
@@ -640,7 +640,7 @@ class Run(Config):
         "compile each block and the loss by torch.compile; the first step waits for it, a minute or so",
         "各ブロックと損失を torch.compile でコンパイルします。最初のステップは 1 分ほど待ちます",
         off="no-compile",
-        shown="on on a GPU but for --generate, off on a CPU",
+        shown="on with a GPU (except --generate), off on a CPU",
     )
     seed: int = flag(0, "seed", "what every random number of the run follows from", "すべての乱数のもとになる値", bounds=NOT_NEGATIVE)
     tracker: str = flag(

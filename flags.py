@@ -478,7 +478,7 @@ SHOWN_JA = {
     "no clipping": "制限なし",
     "the whole model is trained": "モデル全体を学習",
     "at ends of epochs only": "エポックの終わりのみ",
-    "on on a GPU but for --generate, off on a CPU": "GPU では有効（--generate を除く）、CPU では無効",
+    "on with a GPU (except --generate), off on a CPU": "GPU では有効（--generate を除く）、CPU では無効",
     "on for classes, off for text": "クラスは有効、テキストは無効",
     "what the checkpoint says, else 0": "チェックポイントの続き、なければ 0",
     "blr x effective batch / 256": "blr x 実効バッチ / 256",
