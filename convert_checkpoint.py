@@ -40,11 +40,8 @@ def convert(job: ConvertJob) -> None:
         del state["optimizer"]
         say(f"{path}: its optimizer state is not by name (a published file?), so no run could go on with it; it is left out")
     try:
-        if job.parts:
-            write_parts(state, out)
-        else:
-            state |= nested({name: whole(value) for name, value in flat({name: state[name] for name in SECTIONS if name in state})})
-            checkpoint.save(out, state)
+        state |= nested({name: whole(value) for name, value in flat({name: state[name] for name in SECTIONS if name in state})})
+        write_parts(state, out) if job.parts else checkpoint.save(out, state)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error})") from error
     say(f"{path} is in {'parts' if job.parts else 'one file'} now: {out}")

@@ -23,22 +23,27 @@ if __name__ == "__main__":
 from config import PrepareJob
 from datasets.pieces import Piece, broken_in, check_made, make, make_or_tell, making_of, pieces_of
 from datasets.prepared import build_index
-from datasets.shards import features_beside, shard_name
+from datasets.shards import features_beside, shard_name, text_store
 from datasets.source import workers
 from text_beside import Encoding, checked, statistics
 from util import distributed as dist
 from util.broken import too_many
 from util.errors import need_package
-from util.files import Lock, writable_folder, write_whole
+from util.files import Lock, remove_stale, writable_folder, write_whole
 from util.logging import progress_bar, say
 from util.workers import in_processes
 
 
 def share() -> tuple[int, int]:
-    """Which of how many this process is, under torchrun or in a Slurm array."""
+    """Which of how many this process is, under torchrun or in a Slurm array.  Raises: UserError where the array has gaps."""
     if "SLURM_ARRAY_TASK_ID" in os.environ:
-        first, step = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0)), int(os.environ.get("SLURM_ARRAY_TASK_STEP", 1))
-        return (int(os.environ["SLURM_ARRAY_TASK_ID"]) - first) // step, int(os.environ["SLURM_ARRAY_TASK_COUNT"])
+        said = {name: int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", usual)) for name, usual in (("ID", 0), ("MIN", 0), ("STEP", 1), ("COUNT", 1))}
+        ids = range(said["MIN"], said["MIN"] + said["COUNT"] * said["STEP"], said["STEP"])
+        if said["ID"] not in ids or int(os.environ.get("SLURM_ARRAY_TASK_MAX", ids[-1])) != ids[-1]:
+            raise UserError(
+                f"the ids of this Slurm array are not evenly spaced, and shards would be left out; give the whole array again (--array=0-{said['COUNT'] - 1}): what is made stays"
+            )
+        return ids.index(said["ID"]), len(ids)
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -115,6 +120,8 @@ def prepare(job: PrepareJob) -> None:
     """Raises: UserError where it cannot be done."""
     check_apart(Path(job.shards.out), Path(job.data.path))
     out = writable_folder(job.shards.out, "--out")
+    for folder in (out, text_store(out)):
+        remove_stale(folder)
     pieces = pieces_of(job)
     check_made(pieces, job)
     if job.text:

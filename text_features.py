@@ -26,7 +26,7 @@ from util import feature_store as disk
 from util import hub
 from util.errors import UserError
 from util.feature_store import FeatureRows, FeatureStore
-from util.files import beside, writable_folder
+from util.files import beside, remove_stale, writable_folder
 from util.logging import progress_bar, say
 from util.text import PackedText, Text, Y
 
@@ -187,7 +187,7 @@ def fill_store(folder: Path, model: PinnedModel, texts: Texts, keys: np.ndarray,
     """Encode texts[missing] into new shards, all ranks together.  Collective.  Raises: UserError where the disk has no room."""
     encoder = model.load()
     if dist.is_main():
-        disk.remove_stale(folder)
+        remove_stale(folder)
         check_room(folder, encoder, texts, missing)
     manifest = begin_store(folder, model, encoder)
     for part, arrays in encode_shares(encoder, texts, keys, missing, lambda part: (folder / disk.shard_name(part)).exists()):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from config import Data, PrepareJob
 from datasets.captioned import Rows
 from datasets.parquet import find_pictures
-from datasets.prepared import left_out
+from datasets.prepared import is_prepared, left_out
 from datasets.shards import Making, ShardWriter, prepare_shard, read_facts, shard_name
-from datasets.source import FORMATS, check_bad, check_missing, format_of, packed_in
+from datasets.source import FORMATS, check_bad, check_missing, files_of, format_of
 from datasets.tar import find_in_shard
 from util.errors import UserError
 
@@ -37,9 +37,12 @@ def listed(data: Data) -> Rows:
 
 def pieces_of(job: PrepareJob) -> list[Piece]:
     """Tar and Parquet files one by one, without a look inside; the rows of a folder or a table some at a time.  Raises: UserError where there is nothing."""
+    path = Path(job.data.path)
+    if job.data.format == "shards" or is_prepared(path):
+        raise UserError(f"--data_path {path} is prepared already; give the data that it was made of")
     kind = format_of(job.data)
     if kind in ("tar", "parquet"):
-        found = [Piece(number, None, file) for number, file in enumerate(packed_in(Path(job.data.path))[f".{kind}"])]
+        found = [Piece(number, None, file) for number, file in enumerate(files_of(path, kind))]
     else:
         count, each = len(listed(job.data).paths), job.shards.pictures
         found = [Piece(number, range(start, min(start + each, count))) for number, start in enumerate(range(0, count, each))]
@@ -80,7 +83,7 @@ def broken_in(shards: Sequence[Path]) -> tuple[list[str], int]:
     lines, total = [], 0
     for shard in shards:
         facts, arrays = read_facts(shard, ["counts"])
-        lines += facts["broken"]
+        lines += [f"{line} ({shard.name})" for line in facts["broken"]]
         total += len(arrays["counts"]) + left_out(facts)
     return lines, total
 

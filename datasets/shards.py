@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from datasets.captioned import Rows
 from datasets.stream import MappedStrings
 from datasets.transforms import center_crop, open_rgb
-from util.broken import check_allowed
+from util.broken import check_allowed, check_of_picture
 from util.errors import UserError, one_line
 from util.feature_store import FOLDERS
 from util.files import write_whole
@@ -89,6 +89,7 @@ class ShardWriter:
                     raw = rows.read(i).read() if rows.read else Path(rows.paths[i]).read_bytes()
                     picture, size = self.square(raw)
                 except Exception as error:  # decoders raise nearly anything
+                    check_of_picture(rows.paths[i], error)
                     self.note_broken([f"{rows.paths[i]}: {one_line(error)}"])
                     continue
                 if picture is None:

@@ -14,6 +14,7 @@ from datasets.captioned import CaptionedPictures, Rows
 from datasets.imagenet import ClassFolder
 from datasets.parquet import find_pictures, holds_pictures
 from datasets.prepared import PreparedPictures, is_prepared
+from datasets.shards import facts_beside
 from datasets.stream import Batch, BlockShuffle, Collate, PictureDataset, Shuffle, StreamSampler, View
 from datasets.tables import SUFFIXES, find_rows, is_folder
 from datasets.tar import find_samples
@@ -123,6 +124,16 @@ def packed_in(path: Path) -> dict[str, list[Path]]:
     return found
 
 
+def files_of(path: Path, kind: str) -> list[Path]:
+    """kind: "tar" or "parquet".  Raises: UserError for shards of prepare_data.py: without their index some may be missing, and they hold a picture's captions in another way."""
+    found = packed_in(path)[f".{kind}"]
+    if kind == "tar" and (made := next((shard for shard in found if facts_beside(shard).exists()), None)):
+        raise UserError(
+            f"--data_path {path}: {made} is a shard of prepare_data.py; give its folder, and where that has no index/ yet, first that command again"
+        )
+    return found
+
+
 def entries_of(folder: Path, needed: bool) -> Iterator[os.DirEntry]:
     """Raises: UserError where a folder that is needed may not be read; any other one is passed over."""
     try:
@@ -152,8 +163,8 @@ def open_table(path: Path, data: Data) -> Rows:
 FORMATS: dict[str, Callable[[Path, Data], Rows]] = {
     "folder": lambda path, data: find_pairs(path),
     "table": open_table,
-    "parquet": lambda path, data: find_pictures(packed_in(path)[".parquet"], data.image_column, data.caption_column),
-    "tar": lambda path, data: find_samples(packed_in(path)[".tar"], data.caption_column, beside(path, "tar_index")),
+    "parquet": lambda path, data: find_pictures(files_of(path, "parquet"), data.image_column, data.caption_column),
+    "tar": lambda path, data: find_samples(files_of(path, "tar"), data.caption_column, beside(path, "tar_index")),
 }
 WANTED = (
     f"images/NAME ({' '.join(sorted(EXTENSIONS))}) with captions/NAME.txt, a table ({' '.join(SUFFIXES)}, or metadata.* in a folder), "

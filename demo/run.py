@@ -20,6 +20,7 @@ from datasets.demo import COLOURS, DIGITS, HELD_OUT, digit_captions, digit_promp
 from datasets.scenes import Scene, captions, random_scene
 from demo.judge import DigitJudge, Pair, nearest_share, shares_right
 from demo.scene_judge import judge, rates
+from util.errors import UserError, told_in_one_line
 from util.sheet import save_sheet
 
 PROCESSES = min(2, os.cpu_count() or 1)
@@ -203,6 +204,17 @@ def emoji(out: Path, llm: str | None, epochs: int | None) -> None:
     print(f"\n{sheet.resolve()}  ({time.perf_counter() - STARTED:.0f} s)")
 
 
+def clear(out: Path, own: bool) -> None:
+    """A folder without what an earlier demo left.  own: that nobody else uses.  Raises: UserError for one that holds anything else."""
+    mark = out / ".demo"
+    if not own and not mark.exists() and out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} holds files that no demo made, and a demo begins by removing data/, llm/, run/ and clip/; name a new folder")
+    for name in ("data", "llm", "run", "clip"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("digits", "scenes", "emoji"))
@@ -211,9 +223,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=None)
     args = parser.parse_args()
     out = args.out or Path("demo_output") / args.what
-    for name in ("data", "llm", "run", "clip"):  # what an earlier demo left
-        shutil.rmtree(out / name, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    with told_in_one_line():
+        clear(out, own=args.out is None)
     if args.what == "digits":
         digits(out, args.llm, args.epochs or 7)
     elif args.what == "scenes":

@@ -30,12 +30,13 @@ def write(folder: Path, job: ExportJob, saved: Saved, checkpoint: Path) -> None:
 
 def records_of(job: ExportJob, saved: Saved, checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Those of eval/*.json, beside the checkpoint or the adapters, that are of these weights."""
-    found, adapters = {}, lora.describe(job.lora, job.lora_scale) if job.lora else None
+    adapters = lora.describe(job.lora, job.lora_scale) if job.lora else None
+    found, these = {}, (job.weights, saved.progress.step or None, adapters)  # a published file says no step
     for path in sorted((Path(job.lora or checkpoint.parent) / "eval").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         setting = record.get("setting", {})
         of = setting.get("weights", {})
-        if record.get("figures") and (of.get("which"), of.get("step"), setting.get("lora")) == (job.weights, saved.progress.step or 0, adapters):
+        if record.get("figures") and (of.get("which"), of.get("step"), setting.get("lora")) == these:
             found[path.stem] = record
     return found
 

@@ -17,6 +17,7 @@ import engine_jit
 import flags
 import main_jit
 from config import EvaluateJob, GenerateJob, Job, SweepJob, TrainJob, from_plain, to_plain
+from demo import run as demo_run
 from util.errors import UserError
 
 TEXT = ["--model", "JiT-B/16-Text"]
@@ -377,6 +378,17 @@ def test_our_folder_datasets_does_not_disturb_transformers(llm_folder, tmp_path)
     code += f"LanguageModel(TextConfig({str(llm_folder())!r})).load(torch.device('cpu')); print('loaded')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(site)})
     assert done.stdout.strip() == "loaded", done.stderr[-2000:]
+
+
+def test_a_demo_clears_the_folder_of_an_earlier_one_and_no_other(tmp_path):
+    demo_run.clear(tmp_path / "out", own=False)
+    (tmp_path / "out" / "data").mkdir()
+    demo_run.clear(tmp_path / "out", own=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".demo"]
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="holds files that no demo made, and a demo begins by removing data/"):
+        demo_run.clear(tmp_path, own=False)
+    assert (tmp_path / "data").exists()
 
 
 def test_the_demo_prompts_are_ready_to_edit():

@@ -20,12 +20,13 @@ from test_training import flags, run
 
 import export as program
 from datasets.transforms import to_image
-from exporting import package
+from exporting import card, package
 from flags import parse_export
 from page.layout import headline
 from sampling import load_painter
 from util import checkpoint
 from util.errors import UserError
+from util.schedule import Progress
 
 PROMPTS = ["赤い三", "夕焼けの海辺を走る柴犬", "富士山と桜"]
 MODELS = {"class": "JiT-Nano/8", "text": "JiT-Nano/8-Text", "tokens": "MMJiT-Nano/8"}
@@ -257,6 +258,14 @@ def test_the_card_says_what_the_checkpoint_says_and_leaves_the_rest_open(trained
     (results,) = (folder / ".eval_results").iterdir()
     found = yaml.safe_load(results.read_text(encoding="utf-8"))
     assert [(one["dataset"]["id"], one["dataset"]["task_id"], one["value"]) for one in found] == [("data", "FID", 12.5), ("data", "IS", 3.25)]
+
+
+def test_figures_of_a_published_file_that_says_no_step_are_its_own(tmp_path):
+    (tmp_path / "eval").mkdir()
+    record = {"figures": {"fid": 3.5}, "setting": {"weights": {"which": "1", "step": None}}}
+    (tmp_path / "eval" / "ours.json").write_text(json.dumps(record), encoding="utf-8")
+    job, saved = SimpleNamespace(lora=None, weights="1"), SimpleNamespace(progress=Progress(0))
+    assert card.records_of(job, saved, tmp_path / "checkpoint-last.pth") == {"ours": record}
 
 
 def test_what_cannot_be_exported_is_one_line(trained, llm_folder, tmp_path):

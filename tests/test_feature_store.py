@@ -22,6 +22,7 @@ from flags import parse_cache
 from text_encoder import LanguageModel, TextEncoder
 from util import distributed as dist
 from util import feature_store as disk
+from util import files
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -172,7 +173,7 @@ def test_killed_at_any_moment_and_started_again_the_bytes_are_the_same(moment, s
     left = contents(parts)
     shards = {name: content for name, content in left.items() if name.endswith(".safetensors")}
     assert len(shards) < 5 and shards.items() <= contents(whole).items()  # what is there is whole
-    monkeypatch.setattr(disk, "STALE", -1)  # as if ten minutes had passed
+    monkeypatch.setattr(files, "STALE", -1)  # as if ten minutes had passed
     prepare(parts, llm_folder())
     assert contents(parts) == contents(whole)
 
@@ -254,7 +255,7 @@ def test_half_written_files_of_dead_jobs_go_and_those_of_living_ones_stay(tmp_pa
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (time.time() - 3600,) * 2)
-    disk.remove_stale(tmp_path)
+    files.remove_stale(tmp_path)
     assert not old.exists() and new.exists()
 
 

@@ -1,5 +1,6 @@
 """Prepared data: shards, their index, the order of blocks, and who makes them."""
 
+import errno
 import json
 import os
 import re
@@ -101,6 +102,17 @@ def test_what_is_broken_is_listed_or_ends_the_run(large_data, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "error").iterdir()) == []
 
 
+@pytest.mark.parametrize("error, said", [(OSError(errno.EIO, "Input/output error"), "Input/output error"), (MemoryError(), "no memory left")])
+def test_a_disk_that_fails_says_nothing_of_a_picture(error, said, large_data, tmp_path, monkeypatch):
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) if path.name != "3.png" else (_ for _ in ()).throw(error))
+    with pytest.raises(UserError, match=f"3.png cannot be read now .*{said}.*; what is made stays, give the command again"):
+        prepare(large_data, tmp_path / "out", "--shard_pictures", 3)
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == [shard_name(0)]
+    monkeypatch.undo()
+    assert len(PreparedPictures(prepare(large_data, tmp_path / "out", "--shard_pictures", 3), View(16))) == 11
+
+
 def test_where_no_picture_is_left_the_error_says_why(large_data, llm_folder, tmp_path):
     (large_data / "images" / "3.png").write_bytes(b"no picture")
     for more in ([], ["--llm_model_name", llm_folder()]):
@@ -114,7 +126,7 @@ def test_where_no_picture_is_left_the_error_says_why(large_data, llm_folder, tmp
 def test_what_is_broken_is_told_in_the_same_words_by_whoever_makes_or_reads_a_shard(large_data, tmp_path):
     (large_data / "images" / "3.png").write_bytes(b"no picture")
     out = prepare(large_data, tmp_path / "out")
-    assert (out / "bad_images.txt").read_text().endswith("3.png: cannot identify image file\n")
+    assert (out / "bad_images.txt").read_text().endswith("3.png: cannot identify image file (shard-000000.tar)\n")
     data = open_text(out)
     place = data.read.places[2]
     with open(out / shard_name(0), "r+b") as file:
@@ -129,6 +141,21 @@ def test_shards_within_their_own_source_are_refused_before_anything_is_made(larg
         with pytest.raises(UserError, match=r"--out .* lies in --data_path .*; name a folder outside of it"):
             prepare(large_data, out)
     assert sorted(path.name for path in large_data.iterdir()) == ["captions", "images"]
+
+
+def test_shards_without_their_index_are_no_data_and_prepared_data_no_source(large_data, tmp_path):
+    out = prepare(large_data, tmp_path / "out", "--shard_pictures", 4)
+    for more in ([], ["--data_format", "shards"]):
+        with pytest.raises(UserError, match="--data_path .*out is prepared already; give the data that it was made of"):
+            prepare(out, tmp_path / "again", *more)
+    shutil.rmtree(out / INDEX)
+    (out / shard_name(1)).unlink()
+    for opened in (lambda: open_text(out), lambda: open_text(out / shard_name(0)), lambda: prepare(out, tmp_path / "again")):
+        with pytest.raises(
+            UserError, match=r"shard-000000.tar is a shard of prepare_data.py; give its folder, and where that has no index/ yet, first that command again"
+        ):
+            opened()
+    assert len(open_text(prepare(large_data, out, "--shard_pictures", 4))) == 11
 
 
 def test_samples_of_a_tar_that_cannot_be_used_count_as_broken(large_data, tmp_path):
@@ -188,6 +215,11 @@ def test_whoever_makes_a_shard_makes_the_same_bytes_and_none_is_made_again(large
         prepare(large_data, tmp_path / "array", "--shard_pictures", 3)
         assert (tmp_path / "array" / INDEX).exists() == (task == 2)
     assert hashes(tmp_path / "array") == one
+    for task, last in ((5, 9), (9, 9)):  # --array=5,6,9: the tasks of some that failed
+        for name, value in {"TASK_ID": task, "TASK_MAX": last}.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_{name}", str(value))
+        with pytest.raises(UserError, match=r"not evenly spaced, and shards would be left out; give the whole array again \(--array=0-2\)"):
+            prepare(large_data, tmp_path / "gaps", "--shard_pictures", 3)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     (tmp_path / "one" / shard_name(1)).unlink()
     monkeypatch.setattr(pieces, "prepare_shard", lambda out, number, *rest, make=pieces.prepare_shard: number == 1 and make(out, number, *rest))
@@ -229,6 +261,9 @@ def test_a_shard_is_whole_or_not_there(large_data, tmp_path, monkeypatch):
         prepare(large_data, tmp_path / "out")
     assert not [*(tmp_path / "out").glob("shard-*.tar")]
     monkeypatch.undo()
+    half = tmp_path / "out" / ".shard-000000.tar.part.host.1.tmp"  # of a process that was killed
+    half.write_bytes(b"half")
+    os.utime(half, (time.time() - 3600,) * 2)
     prepare(large_data, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".lock", INDEX, "shard-000000.safetensors", "shard-000000.tar"]
 

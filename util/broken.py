@@ -1,14 +1,16 @@
 """Broken pictures, those that cannot be read: how many a data set may have, and the list of those that were met."""
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
 from util import distributed as dist
-from util.errors import UserError
+from util.errors import UserError, one_line
 from util.files import write_whole
 from util.logging import say
 
 MOST = 0.01  # share of a data set's pictures
+LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}  # of a file; others pass
 
 
 def too_many(count: int, size: int) -> bool:
@@ -24,6 +26,12 @@ def check_allowed(lines: Sequence[str], policy: str) -> None:
     """Raises: UserError for a broken picture under --bad_images error."""
     if lines and policy == "error":
         raise UserError(f"broken picture {lines[0]}; go on without such by --bad_images skip")
+
+
+def check_of_picture(name: str, error: Exception) -> None:
+    """Raises: UserError for an error of the disk, the network or the memory, which says nothing about the picture."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None and error.errno not in LASTING):
+        raise UserError(f"{name} cannot be read now ({one_line(error) or 'no memory left'}); what is made stays, give the command again") from error
 
 
 class Broken:

@@ -9,7 +9,6 @@ take each other's shards as done, and new captions are new shards.
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +28,6 @@ MANIFEST = "manifest.json"
 FOLDERS = {"mean": "text_cache", "tokens": "text_cache_tokens"}  # by pooling
 SHARD_ROWS = 1024
 MOST_OPEN = 16_384  # shards: the kernel lets a process have 65,530 maps
-STALE = 600  # seconds after which a half-written file is a dead job's: a shard takes less than one to write
 FLAGS = {"llm": "--llm_model_name", "max_text_len": "--max_text_len", "layer": "--llm_layer", "dtype": "--llm_dtype"}
 
 
@@ -62,16 +60,6 @@ def write_file(path: Path, content: bytes) -> None:
         raise UserError(
             f"--text_cache_dir {path.parent} cannot be written to: {error.strerror}; what was stored before is whole. Make room, or name another folder"
         ) from error
-
-
-def remove_stale(folder: Path) -> None:
-    """What killed jobs left half-written."""
-    for path in folder.glob(".*.tmp"):
-        try:
-            if time.time() - path.stat().st_mtime > STALE:
-                path.unlink()
-        except OSError:  # another job was quicker
-            pass
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import IO, Any
 
 from util.errors import UserError
 from util.logging import say
+
+STALE = 600  # seconds since its last byte after which a half-written file is a dead job's
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], shared: bool = False) -> None:
@@ -30,6 +33,14 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], shared: bool = Fa
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def remove_stale(folder: Path) -> None:
+    """What killed jobs left half-written."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):  # another job was quicker; a folder
+            if time.time() - path.stat().st_mtime > STALE:
+                path.unlink()
 
 
 def sync(path: Path) -> None:
