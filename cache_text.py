@@ -5,6 +5,7 @@ May be killed and started again, and run by several jobs at once: each takes wha
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import flags
 from util.errors import told_in_one_line
@@ -17,6 +18,7 @@ import text_features
 from config import CacheJob
 from datasets.source import open_data
 from engine_jit import test_prompts
+from evaluation.plan import read_eval_captions
 from util import distributed as dist
 from util.files import read_lines
 
@@ -24,10 +26,11 @@ from util.files import read_lines
 def build(job: CacheJob) -> None:
     """Raises: UserError where it cannot be built."""
     asked = read_lines(job.prompts_file, "--prompts_file") if job.prompts_file else job.prompts
+    drawn = read_eval_captions(Path(job.eval_captions)) if job.eval_captions else []
     device = dist.init(job.run.device)
     dataset = open_data(job.data, job.model, job.run.seed)
     folder = text_features.store_folder(job.text, job.data.path, job.run.output_dir)
-    text_features.build_store(job.text.encoder, folder, dataset.captions, list(asked or test_prompts), device)
+    text_features.build_store(job.text.encoder, folder, dataset.captions, [*(asked or test_prompts), *drawn], device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

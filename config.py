@@ -712,6 +712,7 @@ class CacheJob:
     run: Run
     prompts: tuple[str, ...]
     prompts_file: str | None
+    eval_captions: str | None
 
 
 @dataclass(frozen=True)

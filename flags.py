@@ -378,12 +378,15 @@ def parse_cache(argv: Sequence[str] | None = None) -> CacheJob:
     require(
         "lora_rank" not in given, "--lora_rank: training adapters fills the text cache itself; for cache_text.py give the base's --model and text flags instead"
     )
+    asked = {name: given.pop(name, None) for name in ("prompt", "prompts_file")}  # which training does not take
+    check_prompts(asked, "generate")
     job = job_of(given)
     require(job.model.is_text, f"--model {job.model.name} is a class model and has no captions; try --model {job.model.name}-Text")
     require(job.text.cache == "disk", f"--text_cache {job.text.cache} keeps nothing that could be made ahead of time; leave it out")
     pooling = build(CacheFlags, given).text_pooling or job.text.encoder.pooling
     text = replace(job.text, encoder=replace(job.text.encoder, pooling=pooling))
-    return CacheJob(job.model, job.data, text, job.run, tuple(given.get("prompt", ())), given.get("prompts_file"))
+    captions = job.evaluation.captions if isinstance(job, TrainJob) and job.evaluation else None
+    return CacheJob(job.model, job.data, text, job.run, tuple(asked["prompt"] or ()), asked["prompts_file"], captions)
 
 
 def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:

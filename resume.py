@@ -279,8 +279,8 @@ def find(job: TrainJob) -> Saved | None:
 def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
     """The file that training begins from, and the epoch that --start_epoch asks for.
 
-    A run that has written into output_dir goes on from there when the same command is given again, wherever --resume had it begin; and where
-    torchrun starts it again after that, --start_epoch has had its effect.
+    A run that has written into output_dir goes on from there when the same command is given again, wherever it began, and --start_epoch has had its
+    effect; so it has where torchrun starts a run again that goes on in its own folder.
     """
     run, start_epoch = job.run, job.train.start_epoch
     own = Path(run.output_dir) / checkpoint.LAST
@@ -288,7 +288,7 @@ def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
         return own, None
     if own.exists() and job.train.init_from:
         say(f"going on with {own}, which was begun with --init_from {job.train.init_from}; for a fresh start name another --output_dir")
-        return own, start_epoch
+        return own, None
     path = checkpoint.find(run.resume, run.output_dir) if run.resume else None
     if not own.exists():
         return path, start_epoch
@@ -297,7 +297,7 @@ def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
     if path.resolve().parent == own.resolve().parent:
         return path, start_epoch
     say(f"going on with {own}, which was begun from --resume {run.resume} or another; for a fresh start name another --output_dir")
-    return own, start_epoch
+    return own, None
 
 
 def find_origin(job: TrainJob) -> Saved | None:

@@ -42,7 +42,7 @@ class Encoding:
         """With the manifest of its store, which is begun with the prompts."""
         folder, model = writable_folder(text_store(self.out), "--out"), checked(self.config, self.out, self.device)
         encoder = model.load()
-        manifest = begin_store(folder, model, encoder)
+        manifest = begin_store(folder, model, encoder, "--out")
         prompts = Texts((), np.arange(0), prompts=self.prompts)
         place = folder / disk.shard_name(prompts.keys())
         if not place.exists():
@@ -64,7 +64,7 @@ def write(place: Path, captions: Sequence[str], encoder: TextEncoder, manifest: 
     keys = disk.keys_of(map(normalize, captions))
     _, first, again = np.unique(keys, return_index=True, return_inverse=True)
     found = encoder.encode_all([captions[i] for i in first])
-    disk.write_shard(place, manifest, {"keys": disk.key_array(keys), **{name: values[again] for name, values in found.items()}})
+    disk.write_shard(place, manifest, {"keys": disk.key_array(keys), **{name: values[again] for name, values in found.items()}}, "--out")
 
 
 def check_captions(features: FeatureStore) -> None:

@@ -195,13 +195,13 @@ def fill_store(folder: Path, model: PinnedModel, texts: Texts, keys: np.ndarray,
     dist.barrier()
 
 
-def begin_store(folder: Path, model: PinnedModel, encoder: TextEncoder) -> dict[str, Any]:
+def begin_store(folder: Path, model: PinnedModel, encoder: TextEncoder, flag: str = "--text_cache_dir") -> dict[str, Any]:
     """Returns: its manifest, written if there was none.  Collective.  Raises: UserError where that is of other features."""
     if dist.is_main() and disk.read_manifest(folder) is None:
-        disk.write_manifest(folder, {**model.description, "stored": "float16", "width": encoder.width, "parameters": encoder.parameters})
+        disk.write_manifest(folder, {**model.description, "stored": "float16", "width": encoder.width, "parameters": encoder.parameters}, flag)
     dist.barrier()
     manifest = disk.read_manifest(folder) or {}
-    disk.check_manifest(folder, manifest, model.description)  # another job may have been quicker
+    disk.check_manifest(folder, manifest, model.description, flag)  # another job may have been quicker
     return manifest
 
 

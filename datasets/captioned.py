@@ -62,7 +62,7 @@ def several(value: object) -> tuple[str, ...]:
         "".join(texts).encode()
     except UnicodeEncodeError:
         raise ValueError("a caption that holds half a character") from None
-    found = tuple(line for text in texts if (line := " ".join(text.split("\n")).strip()))
+    found = tuple(line for text in texts if (line := " ".join(text.replace("\r\n", "\n").split("\n")).strip()))
     if not found:
         raise ValueError("no caption")
     return found

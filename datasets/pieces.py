@@ -13,7 +13,7 @@ from datasets.captioned import Rows
 from datasets.parquet import find_pictures
 from datasets.prepared import is_prepared, left_out
 from datasets.shards import Making, ShardWriter, prepare_shard, read_facts, shard_name
-from datasets.source import FORMATS, check_bad, check_missing, files_of, format_of
+from datasets.source import FORMATS, check_bad, check_columns, check_missing, files_of, format_of
 from datasets.tar import find_in_shard
 from util.errors import UserError
 
@@ -41,6 +41,7 @@ def pieces_of(job: PrepareJob) -> list[Piece]:
     if job.data.format == "shards" or is_prepared(path):
         raise UserError(f"--data_path {path} is prepared already; give the data that it was made of")
     kind = format_of(job.data)
+    check_columns(job.data, kind)
     if kind in ("tar", "parquet"):
         found = [Piece(number, None, file) for number, file in enumerate(files_of(path, kind))]
     else:

@@ -51,8 +51,10 @@ def open_captioned(data: Data, view: View, seed: int = 0) -> CaptionedPictures:
     """Says what is there.  Collective.  Raises: UserError where it cannot be used, before any picture is opened."""
     path = Path(data.path)
     if data.format == "shards" or (data.format == "auto" and is_prepared(path)):
+        check_columns(data, "shards")
         return open_prepared(path, view, seed)
     kind = format_of(data)
+    check_columns(data, kind)
     rows = FORMATS[kind](path, data)
     rows.root = rows.root or str(path if path.is_dir() else path.parent)
     check_missing(rows, data)
@@ -76,6 +78,14 @@ def open_prepared(path: Path, view: View, seed: int) -> PreparedPictures:
         f"{facts['left_out']:,} were left out, {facts['duplicates']:,} are the same file as another"
     )
     return dataset
+
+
+def check_columns(data: Data, kind: str) -> None:
+    """Raises: UserError for a flag that this kind of data knows nothing of."""
+    for name in ("image_column", "caption_column", "image_root"):
+        if getattr(data, name) is not None and name not in COLUMNS[kind]:
+            remedy = "; give it to prepare_data.py" if kind == "shards" else "; leave it out"
+            raise UserError(f"--{name} {getattr(data, name)} has no effect on --data_path {data.path}, which is read as {kind}{remedy}")
 
 
 def check_missing(rows: Rows, data: Data) -> None:
@@ -165,6 +175,13 @@ FORMATS: dict[str, Callable[[Path, Data], Rows]] = {
     "table": open_table,
     "parquet": lambda path, data: find_pictures(files_of(path, "parquet"), data.image_column, data.caption_column),
     "tar": lambda path, data: find_samples(files_of(path, "tar"), data.caption_column, beside(path, "tar_index")),
+}
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "folder": (),
+    "table": ("image_column", "caption_column", "image_root"),
+    "parquet": ("image_column", "caption_column"),
+    "tar": ("caption_column",),
+    "shards": (),
 }
 WANTED = (
     f"images/NAME ({' '.join(sorted(EXTENSIONS))}) with captions/NAME.txt, a table ({' '.join(SUFFIXES)}, or metadata.* in a folder), "

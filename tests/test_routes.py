@@ -18,6 +18,7 @@ from PIL import Image
 
 import datasets.tar
 from benchmarks.data_routes import ROUTES, write_files, write_jsonl, write_route, write_tar
+from datasets.captioned import several
 from datasets.stream import PictureDataset, View
 from datasets.transforms import center_crop, random_crop
 from flags import parse
@@ -193,6 +194,17 @@ def test_a_shard_that_is_cut_short_gives_what_it_holds(pictures, tmp_path):
         data = open_text(path)
         assert COUNT // 2 < len(data) < COUNT and len(data.bad) == 1 and re.search("it has no end|unexpected end of data", data.bad[0])
         assert data.readable(len(data) - 1)[1:] == (len(data) - 1, [])
+
+
+@pytest.mark.parametrize("route, flag", [("folder", "caption_column"), ("parquet", "image_root"), ("tar", "image_column")])
+def test_a_flag_that_a_kind_of_data_does_not_read_is_refused(route, flag, pictures, tmp_path):
+    path, more = write(route, tmp_path / "route", pictures[:3])
+    with pytest.raises(UserError, match=f"--{flag} x has no effect on --data_path .*, which is read as {route}; leave it out"):
+        open_text(path, **more, **{flag: "x"})
+
+
+def test_lines_of_a_caption_are_joined_whatever_ends_them():
+    assert several("赤い丸\r\n青い星\r\n") == several("赤い丸\n青い星") == ("赤い丸 青い星",)
 
 
 def test_files_are_found_by_nfc_names_in_folders_and_under_a_root(pictures, tmp_path):

@@ -245,6 +245,8 @@ def test_what_cannot_be_used_is_told_in_one_line(large_data, tmp_path):
         open_text(large_data, format="shards")
     with pytest.raises(UserError, match="--data_path .* is not there"):
         prepare(tmp_path / "nowhere", tmp_path / "x")
+    with pytest.raises(UserError, match="--caption_column x has no effect on .*, which is read as shards; give it to prepare_data.py"):
+        open_text(out, caption_column="x")
     (out / INDEX / "places").write_bytes(b"")
     with pytest.raises(UserError, match="its index cannot be read"):
         open_text(out)

@@ -462,15 +462,16 @@ def test_the_same_command_goes_on_with_what_it_has_written(text_data, llm_folder
 
 
 def test_a_restart_by_torchrun_goes_on_with_what_was_written_since_torchrun_began_and_with_nothing_older(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    out.mkdir()
+    out, base = tmp_path / "out", tmp_path / "base"
+    out.mkdir(), base.mkdir()
     own, kept = out / checkpoint.LAST, out / "checkpoint-100.pth"
-    own.touch(), kept.touch()
+    own.touch(), kept.touch(), (base / checkpoint.LAST).touch()
 
     def beginning(*argv):
         return resume.beginning(command_line.parse(["--output_dir", str(out), *map(str, argv)]))
 
-    ways = {("--resume", out, "--start_epoch", 2): (own, 2), ("--init_from", "x.pth", "--start_epoch", 2): (own, 2), ("--resume", kept): (kept, None)}
+    ways = {("--resume", out, "--start_epoch", 2): (own, 2), ("--init_from", "x.pth", "--start_epoch", 2): (own, None), ("--resume", kept): (kept, None)}
+    ways[("--resume", base, "--start_epoch", 2)] = (own, None)  # it began there once
     assert {argv: beginning(*argv) for argv in ways} == ways
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert {argv: beginning(*argv) for argv in [*ways, ()]} == dict.fromkeys([*ways, ()], (own, None))

@@ -119,6 +119,16 @@ def test_a_store_made_ahead_of_time_is_complete_and_the_pooled_one_beside_it_lef
     assert weights(tmp_path / "out")["text"]["pooling"] == "tokens" and weights(tmp_path / "pooled")["text"]["pooling"] == "mean"
 
 
+def test_a_store_made_ahead_of_time_holds_prompts_and_what_evaluations_will_draw(argv, text_data, tmp_path, capsys):
+    (tmp_path / "asked.txt").write_text("緑の星\n青い山\n", encoding="utf-8")
+    common = argv(tmp_path / "out", "--online_eval", "--eval_captions", tmp_path / "asked.txt")
+    for more, count in (([], 6 + 10 + 2 + 1), (["--prompt", "白い馬"], 6 + 1 + 2 + 1)):
+        cache_text.build(parse_cache([*common, *more]))
+        assert f"of {count} texts" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--prompt and --prompts_file: give one of them"):
+        parse_cache([*common, "--prompt", "x", "--prompts_file", "x.txt"])
+
+
 def test_a_checkpoint_of_pooled_text_and_one_of_tokens_are_not_taken_for_each_other(argv, text_data, llm_folder, tmp_path):
     run(*flags(text_data, llm_folder(), tmp_path / "pooled", "--batch_size", 8, "--epochs", 1))
     with pytest.raises(UserError, match=r"--model is \S+, but .* was trained with JiT-Pico/8-Text"):

@@ -52,13 +52,13 @@ def settings_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Raises: UserError where it cannot be written, with nothing left behind."""
+def write_file(path: Path, content: bytes, flag: str) -> None:
+    """flag: that says where the store is.  Raises: UserError where it cannot be written, with nothing left behind."""
     try:
         write_whole(path, lambda file: file.write(content), shared=True)
     except OSError as error:
         raise UserError(
-            f"--text_cache_dir {path.parent} cannot be written to: {error.strerror}; what was stored before is whole. Make room, or name another folder"
+            f"{flag} {path.parent} cannot be written to: {error.strerror}; what was stored before is whole. Make room, or name another folder"
         ) from error
 
 
@@ -89,8 +89,8 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[st
         )
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_file(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+def write_manifest(folder: Path, manifest: Mapping[str, Any], flag: str = "--text_cache_dir") -> None:
+    write_file(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(), flag)
 
 
 def key_array(keys: np.ndarray) -> Tensor:
@@ -98,9 +98,9 @@ def key_array(keys: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(keys).view(np.uint8).reshape(-1, 16).copy())
 
 
-def write_shard(path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> None:
+def write_shard(path: Path, manifest: Mapping[str, Any], arrays: Mapping[str, Tensor], flag: str = "--text_cache_dir") -> None:
     """arrays: `keys`, and what TextEncoder.encode_all returns of their captions."""
-    write_file(path, save(dict(arrays), {"settings": settings_digest(manifest)}))
+    write_file(path, save(dict(arrays), {"settings": settings_digest(manifest)}), flag)
 
 
 class FeatureRows:

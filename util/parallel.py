@@ -86,6 +86,7 @@ def compiled(function: Callable) -> Callable:
 def compile_blocks(net: nn.Module, dynamic: bool | None) -> None:
     """Each block by itself: few graphs, and all names stay.  dynamic: False for batches of one size, None for several."""
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block at DDP's buckets; gradients travel block by block anyway
     how = {"fullgraph": True, "dynamic": dynamic, "backend": BACKEND}
     for block in net.repeated:
         if is_sharded(block):  # its weights are brought together outside the graph
