@@ -398,7 +398,7 @@ def share(results: Sequence[dict]) -> str:
 
 
 def toy_table(gathered: dict[Experiment, list[dict]]) -> Iterator[str]:
-    yield "| D | floor | " + " | ".join(f"{predicts}-prediction" for predicts in PREDICTIONS) + " | beside the plane: " + ", ".join(PREDICTIONS) + " |"
+    yield "| D | floor | " + " | ".join(f"{predicts}-prediction" for predicts in PREDICTIONS) + " | off the plane: " + ", ".join(PREDICTIONS) + " |"
     yield "|---|---|---|---|---|---|"
     for dims in DIMENSIONS:
         results = [gathered.get(setting(toy(predicts, dims))) for predicts in PREDICTIONS]
