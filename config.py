@@ -96,7 +96,7 @@ def check_value(known: Flag, value: Any) -> None:
 
 
 def check_lora(folder: str | None, scale: float) -> None:
-    require(scale == 1 or folder is not None, "--lora_scale is for --lora; name the adapters' folder by that")
+    require(scale == 1 or folder is not None, "--lora_scale is for --lora; give the adapters' folder with --lora")
 
 
 class ModelName(NamedTuple):
@@ -183,7 +183,7 @@ class DiffusionConfig(Config):
     noise_scale: float = flag(
         1.0, "noise_scale", "standard deviation of the noise: img_size / 256 in the paper", "ノイズの標準偏差。論文では img_size / 256", bounds=POSITIVE
     )
-    t_eps: float = flag(0.05, "t_eps", "1 - t is never taken below this where it divides", "除算に使う 1 - t の下限", bounds=BELOW_1)
+    t_eps: float = flag(0.05, "t_eps", "lower limit of 1 - t where it is a divisor", "除算に使う 1 - t の下限", bounds=BELOW_1)
 
     def check(self) -> None:
         require(self.t_eps > 0, "--t_eps 0 would divide by zero at t = 1; the paper uses 0.05")
@@ -305,7 +305,7 @@ class Data(Config):
     format: str = flag(
         "auto",
         "data_format",
-        "what --data_path is, where it may be several things",
+        "format of --data_path; give it only where auto cannot decide",
         "--data_path の形式（自動で決まらないとき）",
         choices=("auto", "folder", "table", "parquet", "tar", "shards"),
     )
@@ -340,14 +340,14 @@ class Data(Config):
     missing: str = flag(
         "error",
         "missing_captions",
-        "pictures without captions and captions without a picture",
+        "what to do with pictures without captions and captions without a picture",
         "キャプションのない画像と画像のないキャプションの扱い",
         choices=("error", "skip"),
     )
     broken: str = flag(
         "skip",
         "bad_images",
-        "broken pictures; skipped ones are listed in bad_images.txt in the output folder, and in training over 1 % is an error",
+        "what to do with broken pictures; skipped ones are listed in bad_images.txt in the output folder; in training more than 1 % is an error",
         "壊れた画像の扱い。飛ばした画像は出力先の bad_images.txt に記録され、学習では 1 % を超えるとエラーになります",
         choices=("error", "skip"),
     )
@@ -362,7 +362,7 @@ class Data(Config):
     held_out: int = flag(
         64,
         "held_out",
-        "pictures kept out of training to measure text_gap on, a hundredth of all at most; where none are, it is measured on training pictures",
+        "pictures kept out of training to measure text_gap on, at most 1 % of all; if none are kept out, it is measured on training pictures",
         "text_gap を測るために学習から除く画像の数（全体の 100 分の 1 まで）。取り分ける画像がなければ（100 枚未満のデータも含む）学習画像で測ります",
         bounds=NOT_NEGATIVE,
     )
@@ -405,9 +405,11 @@ class Train(Config):
     )
     lr: float | None = flag(None, "lr", "absolute learning rate", "学習率の絶対値", bounds=POSITIVE, shown="blr x effective batch / 256")
     blr: float = flag(5e-5, "blr", "base learning rate, per 256 pictures", "256 枚あたりの基準学習率", bounds=POSITIVE)
-    min_lr: float = flag(0.0, "min_lr", "where --lr_schedule cosine ends", "--lr_schedule cosine の終わりの学習率", bounds=NOT_NEGATIVE)
-    lr_schedule: str = flag("constant", "lr_schedule", "after the warm-up", "ウォームアップ後の学習率", choices=("constant", "cosine"))
-    weight_decay: float = flag(0.0, "weight_decay", "not on biases and norms", "重み減衰（バイアスと正規化層を除く）", bounds=NOT_NEGATIVE)
+    min_lr: float = flag(0.0, "min_lr", "final learning rate of --lr_schedule cosine", "--lr_schedule cosine の終わりの学習率", bounds=NOT_NEGATIVE)
+    lr_schedule: str = flag("constant", "lr_schedule", "learning rate after the warm-up", "ウォームアップ後の学習率", choices=("constant", "cosine"))
+    weight_decay: float = flag(
+        0.0, "weight_decay", "weight decay, not applied to biases and norms", "重み減衰（バイアスと正規化層を除く）", bounds=NOT_NEGATIVE
+    )
     grad_clip: float | None = flag(None, "grad_clip", "largest gradient norm", "勾配ノルムの上限", bounds=POSITIVE, shown="no clipping")
     label_drop_prob: float = flag(
         0.1,
@@ -419,13 +421,13 @@ class Train(Config):
     init_from: str | None = flag(
         None,
         "init_from",
-        "checkpoint whose EMA 1 a new run begins with; its kind of condition and language model may be others. Optimizer, EMAs and steps start afresh",
+        "checkpoint whose EMA 1 gives a new run its initial weights; its condition and language model may differ. Optimizer, EMAs and step count start anew",
         "新しい学習の初期重みにするチェックポイント（EMA 1 を使います）。条件の種類や言語モデルは違ってもかまいません。オプティマイザ、EMA、ステップ数は最初からです",
     )
     lora_rank: int | None = flag(
         None,
         "lora_rank",
-        "train adapters of that rank (LoRA) for the model of --init_from, which stays as it is and says all settings that are not given; needs peft",
+        "train LoRA adapters of this rank for the model of --init_from; that model stays frozen, and settings that are not given come from it; needs peft",
         "--init_from のモデルはそのままにして、このランクのアダプタ（LoRA）だけを学習します。指定しない設定はそのモデルの値になります。peft が必要です",
         bounds=AT_LEAST_1,
         shown="the whole model is trained",
@@ -440,8 +442,8 @@ class Train(Config):
     parallel: str = flag(
         "ddp",
         "parallel",
-        "how processes share the work: `ddp` has the whole model on each; `fsdp` shares weights, EMAs and optimizer out among them; "
-        "`hsdp` does so within a node, and nodes hold the same",
+        "how processes share the work: `ddp` keeps the whole model on each process; `fsdp` shards weights, EMAs and optimizer over all processes; "
+        "`hsdp` shards them within a node, and every node holds a full copy",
         "プロセス間の分担。`ddp` は各プロセスがモデル全体を持ちます。`fsdp` は重み、EMA、オプティマイザを分割して持ち、`hsdp` はノード内で分割し、ノード間では同じものを持ちます",
         choices=("ddp", "fsdp", "hsdp"),
     )
@@ -450,16 +452,16 @@ class Train(Config):
 
     def check(self) -> None:
         require(self.lr is None or self.blr == Train.blr, "--lr and --blr: give one of them")
-        require(self.min_lr == 0 or self.lr_schedule == "cosine", "--min_lr is where --lr_schedule cosine ends; add that, or leave it out")
+        require(self.min_lr == 0 or self.lr_schedule == "cosine", "--min_lr is for --lr_schedule cosine; add --lr_schedule cosine, or leave out --min_lr")
         require(
             self.lora_rank is None or self.parallel == "ddp",
-            f"--lora_rank trains a few weights alone, and there is nothing to share out; leave out --parallel {self.parallel}",
+            f"--lora_rank trains only a few weights, so there is nothing to shard; leave out --parallel {self.parallel}",
         )
         require(
             self.optimizer == "adamw" or (self.parallel == "ddp" and self.lora_rank is None),
-            f"--optimizer {self.optimizer} takes whole matrices of the blocks; leave out {'--lora_rank' if self.lora_rank else f'--parallel {self.parallel}'}",
+            f"--optimizer {self.optimizer} needs whole weight matrices; leave out {'--lora_rank' if self.lora_rank else f'--parallel {self.parallel}'}",
         )
-        require(self.lora_rank is None or self.init_from is not None, "--lora_rank trains adapters for another model: name that by --init_from")
+        require(self.lora_rank is None or self.init_from is not None, "--lora_rank trains adapters for an existing model; give that model with --init_from")
         start = self.start_epoch or 0
         require(0 <= start < self.epochs, f"--start_epoch {start} must be in [0, epochs), and --epochs is {self.epochs}")
 
@@ -476,15 +478,15 @@ class Averages(Config):
     decay1: float = flag(
         0.9999,
         "ema_decay1",
-        "EMA 1 of the weights, the one that draws unless --eval_ema says otherwise",
+        "decay of EMA 1 of the weights; EMA 1 draws unless --eval_ema says otherwise",
         "EMA 1（重みの移動平均）の減衰率。--eval_ema がなければこれで生成します",
         bounds=BELOW_1,
     )
-    decay2: float = flag(0.9996, "ema_decay2", "EMA 2 of the weights", "EMA 2 の減衰率", bounds=BELOW_1)
+    decay2: float = flag(0.9996, "ema_decay2", "decay of EMA 2 of the weights", "EMA 2 の減衰率", bounds=BELOW_1)
     warmup: bool = flag(
         True,
         "ema_warmup",
-        "decays of min(decay, (1 + n) / (10 + n)) at first; without it the given ones from the first step on",
+        "start both EMAs with the decay min(decay, (1 + n) / (10 + n)) at step n; off: the given decay from the first step on",
         "はじめは min(decay, (1 + n) / (10 + n)) の減衰率にします。無効にすると最初のステップから指定どおりです",
         off="no_ema_warmup",
     )
@@ -496,7 +498,7 @@ class Save(Config):
     every_steps: int | None = flag(
         None,
         "save_freq_steps",
-        "and steps between them, within epochs too",
+        "also write checkpoint-last.pth every this many steps, within epochs too",
         "ステップ単位の保存間隔（エポックの途中でも保存）",
         bounds=AT_LEAST_1,
         shown="at ends of epochs only",
@@ -525,7 +527,7 @@ class Drawing(Config):
     batch_size: int | None = flag(
         256,
         "gen_bsz",
-        "pictures drawn at a time per process; `auto`: 256, and half as many wherever the GPU's memory does not hold them",
+        "pictures drawn at a time per process; `auto`: 256, halved until they fit into the GPU's memory",
         "1 プロセスが一度に生成する枚数。`auto` は 256 から始め、GPU のメモリに入らなければ半分にします",
         bounds=AT_LEAST_1,
         auto=True,
@@ -533,10 +535,10 @@ class Drawing(Config):
     lora: str | None = flag(
         None,
         "lora",
-        "folder with adapters for the model of --resume, as --lora_rank or peft wrote it; pictures go there",
+        "folder with adapters for the model of --resume, as --lora_rank or peft wrote it; the pictures are written into it",
         "--resume のモデルに足すアダプタのフォルダ（--lora_rank か peft が書いたもの）。画像もそこに書きます",
     )
-    lora_scale: float = flag(1.0, "lora_scale", "how much of the adapters is added; 0 is the model without", "アダプタを足す強さ。0 なら元のモデルのまま")
+    lora_scale: float = flag(1.0, "lora_scale", "scale of the adapters; 0 is the model without them", "アダプタを足す強さ。0 なら元のモデルのまま")
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def check(self) -> None:
@@ -554,7 +556,7 @@ class Eval(Config):
         "fid_stats",
         "reference statistics (.npz with mu and sigma); see prepare_ref.py",
         "参照統計（mu と sigma を持つ .npz）。prepare_ref.py を参照",
-        shown="the data's own",
+        shown="computed from the data",
     )
     inception_weights: str | None = flag(
         None,
@@ -568,7 +570,7 @@ class Eval(Config):
         "eval_captions",
         "captions to draw in evaluations: a UTF-8 file, one a line, or a folder of .txt",
         "評価に使うキャプション。1 行 1 件の UTF-8 ファイル、または .txt のフォルダ",
-        shown="the data's",
+        shown="the data's captions",
     )
     clip_model: str | None = flag(
         None,
@@ -576,7 +578,7 @@ class Eval(Config):
         "CLIP for CLIP score and R-precision, a hub name or a folder, such as llm-jp/waon-siglip2-base-patch16-256",
         "CLIP スコアと R-precision 用の CLIP。Hub の名前かフォルダ（例: llm-jp/waon-siglip2-base-patch16-256）",
     )
-    precision_recall: bool = flag(False, "precision_recall", "precision and recall too, with VGG16", "VGG16 による precision と recall も測ります")
+    precision_recall: bool = flag(False, "precision_recall", "also measure precision and recall, with VGG16", "VGG16 による precision と recall も測ります")
     vgg16_weights: str | None = flag(
         None,
         "vgg16_weights",
@@ -587,13 +589,16 @@ class Eval(Config):
     fd_dinov2: str | None = flag(
         None,
         "fd_dinov2",
-        "FD-DINOv2 too, with that model: facebook/dinov2-large, or a folder",
+        "also measure FD-DINOv2 with this model: facebook/dinov2-large, or a folder",
         "指定したモデル（facebook/dinov2-large またはフォルダ）で FD-DINOv2 も測ります",
     )
     demands: str = ""  # what the run cannot do without: "fid" for a sweep, "figures" for --evaluate_gen
 
     def check(self) -> None:
-        require(self.vgg16_weights is None or self.precision_recall, "--vgg16_weights is for --precision_recall; add that, or leave it out")
+        require(
+            self.vgg16_weights is None or self.precision_recall,
+            "--vgg16_weights is for --precision_recall; add --precision_recall, or leave out --vgg16_weights",
+        )
 
 
 @dataclass(frozen=True)
@@ -617,13 +622,13 @@ class Run(Config):
     output_dir: str = flag(
         "./output_dir",
         "output_dir",
-        "checkpoints, TensorBoard events, pictures; --generate, --evaluate_gen and --sweep write where the checkpoint is unless this says otherwise",
+        "checkpoints, TensorBoard events, pictures; --generate, --evaluate_gen and --sweep write to the checkpoint's folder unless this flag is given",
         "チェックポイント、TensorBoard のログ、画像の出力先。--generate、--evaluate_gen、--sweep では省略するとチェックポイントのあるフォルダに書きます",
     )
     resume: str | None = flag(
         None,
         "resume",
-        "checkpoint file, or folder with checkpoint-last.pth; may be output_dir itself while that is new",
+        "checkpoint file, or folder with checkpoint-last.pth; may be output_dir itself, even before it holds a checkpoint",
         "チェックポイントのファイル、または checkpoint-last.pth のあるフォルダ。まだチェックポイントのない output_dir 自身でもかまいません",
     )
     device: str = flag("auto", "device", "auto: a GPU where there is one", "auto は GPU があれば GPU", choices=("auto", "cuda", "cpu"))
@@ -642,15 +647,15 @@ class Run(Config):
         off="no-compile",
         shown="on with a GPU (except --generate), off on a CPU",
     )
-    seed: int = flag(0, "seed", "what every random number of the run follows from", "すべての乱数のもとになる値", bounds=NOT_NEGATIVE)
+    seed: int = flag(0, "seed", "seed of all random numbers of the run", "すべての乱数のもとになる値", bounds=NOT_NEGATIVE)
     tracker: str = flag(
         "tensorboard",
         "tracker",
-        "where figures go; trackio and wandb are packages of their own",
-        "数値の記録先。trackio と wandb は別のパッケージです",
+        "where metrics are logged; trackio and wandb must be installed separately",
+        "数値の記録先。trackio と wandb は別途インストールが必要です",
         choices=("tensorboard", "trackio", "wandb"),
     )
-    tracker_project: str = flag("jit-t2i", "tracker_project", "its project, for trackio and wandb", "trackio と wandb でのプロジェクト名")
+    tracker_project: str = flag("jit-t2i", "tracker_project", "project name in trackio or wandb", "trackio と wandb でのプロジェクト名")
 
 
 @dataclass(frozen=True)
@@ -730,7 +735,7 @@ class ReferenceJob:
 class Shards(Config):
     """How prepare_data.py makes them."""
 
-    out: str = flag("", "out", "a folder; what is there already is not made again", "出力フォルダ。すでにある分は作り直しません")
+    out: str = flag("", "out", "output folder; shards that are there already are not made again", "出力フォルダ。すでにある分は作り直しません")
     image_format: str = flag(
         "jpeg",
         "image_format",
@@ -741,24 +746,28 @@ class Shards(Config):
     pictures: int = flag(
         10000,
         "shard_pictures",
-        "of a shard, where the source is no tar or Parquet files",
+        "pictures per shard, where the source is not tar or Parquet files",
         "シャード 1 個あたりの枚数（元が tar や Parquet でない場合）",
         bounds=AT_LEAST_1,
     )
     min_size: int = flag(0, "min_size", "leave out pictures whose short side is smaller", "短辺がこれより小さい画像を除きます", bounds=NOT_NEGATIVE)
     duplicates: str = flag(
-        "keep", "duplicates", "pictures that are the same file as one before", "以前の画像と同じファイルである画像の扱い", choices=("keep", "drop")
+        "keep",
+        "duplicates",
+        "what to do with pictures whose file is the same as an earlier one",
+        "以前の画像と同じファイルである画像の扱い",
+        choices=("keep", "drop"),
     )
     engine: str = flag(
         "processes",
         "engine",
-        "`processes`: of this machine; every torchrun process or task of a Slurm array takes its share. `ray`: of a Ray cluster",
+        "what makes the shards. `processes`: processes of this machine, with a share for every torchrun process or task of a Slurm array; `ray`: a Ray cluster",
         "`processes` はこのマシンのプロセス。torchrun の各プロセスや Slurm の配列ジョブの各タスクが分担します。`ray` は Ray クラスタ",
         choices=("processes", "ray"),
     )
 
     def check(self) -> None:
-        require(self.out != "", "--out FOLDER: where to?")
+        require(self.out != "", "--out FOLDER is missing; give the folder to write to")
 
 
 @dataclass(frozen=True)
@@ -781,7 +790,7 @@ class FromCheckpoint(Config):
     )
 
     def check(self) -> None:
-        require(self.resume != "", "--resume FOLDER_OR_FILE: which checkpoint?")
+        require(self.resume != "", "--resume FOLDER_OR_FILE is missing; give the checkpoint to read")
 
 
 @dataclass(frozen=True)
@@ -789,12 +798,12 @@ class ExportJob(FromCheckpoint):
     """export.py."""
 
     out: str = flag("", "out", "a new folder", "新しいフォルダ")
-    weights: str | None = flag(None, "eval_ema", "weights that go out", "書き出す重み", choices=WEIGHT_CHOICES, shown="as the checkpoint says; with --lora 1")
+    weights: str | None = flag(None, "eval_ema", "weights to export", "書き出す重み", choices=WEIGHT_CHOICES, shown="as the checkpoint says; EMA 1 with --lora")
     lora: str | None = flag(None, "lora", "folder with adapters that are merged into the weights", "重みに足し込むアダプタのフォルダ")
-    lora_scale: float = flag(1.0, "lora_scale", "how much of them", "足し込む強さ")
-    dtype: str = flag("fp32", "dtype", "of the weights", "重みの型", choices=("fp32", "bf16"))
+    lora_scale: float = flag(1.0, "lora_scale", "scale of the adapters; 0 is the model without them", "足し込む強さ")
+    dtype: str = flag("fp32", "dtype", "type of the weights", "重みの型", choices=("fp32", "bf16"))
     diffusers: bool = flag(False, "diffusers", "a folder that diffusers' DiffusionPipeline opens", "diffusers の DiffusionPipeline で開けるフォルダにします")
-    with_text_encoder: bool = flag(False, "with_text_encoder", "copy the language model into it", "言語モデルを中にコピーします")
+    with_text_encoder: bool = flag(False, "with_text_encoder", "copy the language model into the folder", "言語モデルを中にコピーします")
     llm: str | None = flag(
         None, "llm_model_name", "where the language model's folder is now", "言語モデルのフォルダの現在の場所", shown="as the checkpoint says"
     )
@@ -803,7 +812,7 @@ class ExportJob(FromCheckpoint):
 
     def check(self) -> None:
         super().check()
-        require(self.out != "", "--out FOLDER: where to?")
+        require(self.out != "", "--out FOLDER is missing; give the folder to write to")
         check_lora(self.lora, self.lora_scale)
 
 
@@ -813,19 +822,24 @@ class ConvertJob(FromCheckpoint):
 
     out: str = flag("", "out", "a new file that ends in .pth", "新しいファイル（末尾は .pth）")
     parts: bool = flag(
-        False, "parts", "the tensors go into a folder beside it, as --parallel fsdp writes them", "テンソルは --parallel fsdp と同じく、隣のフォルダに書きます"
+        False,
+        "parts",
+        "write the tensors in parts, into a folder next to the file, as --parallel fsdp does; without this flag: one file",
+        "テンソルは --parallel fsdp と同じく、隣のフォルダに書きます",
     )
 
     def check(self) -> None:
         super().check()
-        require(self.out != "", "--out FILE: where to?")
+        require(self.out != "", "--out FILE is missing; give the file to write")
 
 
 @dataclass(frozen=True)
 class AppJob(FromCheckpoint):
     """app.py."""
 
-    weights: str | None = flag(None, "eval_ema", "weights that draw", "描画に使う重み", choices=WEIGHT_CHOICES, shown="as the checkpoint says; with --lora 1")
+    weights: str | None = flag(
+        None, "eval_ema", "weights that draw", "描画に使う重み", choices=WEIGHT_CHOICES, shown="as the checkpoint says; EMA 1 with --lora"
+    )
     device: str = flag("auto", "device", "auto: a GPU where there is one", "auto は GPU があれば GPU", choices=("auto", "cuda", "cpu"))
     llm: str | None = flag(
         None, "llm_model_name", "where the language model's folder is now", "言語モデルのフォルダの現在の場所", shown="as the checkpoint says"
@@ -845,14 +859,14 @@ class AppJob(FromCheckpoint):
     port: int = flag(
         7860,
         "port",
-        "of the page; 0: any that is free",
+        "port of the page; 0: any free port",
         "ページのポート。0 なら空いているポート",
         bounds=Bounds("[0, 65535]", "be in [0, 65535]", range(65536).__contains__),
     )
     lora: str | None = flag(None, "lora", "folder with adapters that are added to the weights", "重みに足すアダプタのフォルダ")
-    lora_scale: float = flag(1.0, "lora_scale", "how much of them", "足す強さ")
-    most_pictures: int = flag(64, "most_pictures", "pictures of one drawing at most", "一度に描ける枚数の上限", bounds=AT_LEAST_1)
-    most_steps: int = flag(250, "most_steps", "steps of the solver at most", "ソルバーのステップ数の上限", bounds=AT_LEAST_1)
+    lora_scale: float = flag(1.0, "lora_scale", "scale of the adapters; 0 is the model without them", "足す強さ")
+    most_pictures: int = flag(64, "most_pictures", "largest number of pictures drawn at once", "一度に描ける枚数の上限", bounds=AT_LEAST_1)
+    most_steps: int = flag(250, "most_steps", "largest number of solver steps", "ソルバーのステップ数の上限", bounds=AT_LEAST_1)
 
     def check(self) -> None:
         super().check()

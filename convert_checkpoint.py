@@ -27,7 +27,7 @@ def convert(job: ConvertJob) -> None:
     """Raises: UserError where it cannot be read or written."""
     path, out = checkpoint.find(job.resume), Path(job.out)
     if path.is_dir():
-        raise UserError(f"--resume {job.resume} is a model to draw with; wanted a checkpoint of a run")
+        raise UserError(f"--resume {job.resume} is a model for drawing; wanted a training checkpoint")
     if out.exists() or out.suffix != ".pth":
         raise UserError(f"--out {out}{' is there already' if out.exists() else ''}; wanted a new name that ends in .pth")
     writable_folder(out.parent, "--out")

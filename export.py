@@ -115,7 +115,7 @@ def push(folder: Path, repository: str) -> str:
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with export.py")
     except Exception as error:  # no network, no token, no right: each its own exception
-        raise UserError(f"--push {repository}: {one_line(error, 300)}; the folder {folder} is whole") from error
+        raise UserError(f"--push {repository}: {one_line(error, 300)}; the export in {folder} is complete, only the upload failed") from error
     return f"https://huggingface.co/{repository}"
 
 
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         job = flags.parse_export(argv)
         folder = export(job)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-        say(f"{folder}: {size:.1f} MB; fill in what README.md leaves open")
+        say(f"{folder}: {size:.1f} MB; complete the places marked (fill in) in README.md")
         if job.push:
             say(f"uploaded to {push(folder, job.push)}")
 

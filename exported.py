@@ -50,7 +50,7 @@ def read(folder: Path, flag: str) -> Exported:
         raise UserError(f"{flag} {folder}: the exported model cannot be read ({one_line(error)})") from error
     known = isinstance(config, dict) and config.get("format") == FORMAT and config.get("version") == VERSION
     if not known or not isinstance(config.get("job"), dict) or not isinstance(config.get("text"), dict):
-        raise UserError(f"{flag} {folder}: {EXPORTED} is of no model of this code; wanted a folder that export.py has written")
+        raise UserError(f"{flag} {folder}: {EXPORTED} does not describe a model of this code; wanted a folder that export.py has written")
     weights = {name: value.float() for name, value in tensors.items() if not name.startswith(STATISTICS)}
     job, text = dict(config["job"]), dict(config["text"])
     text |= {name.removeprefix(STATISTICS): value for name, value in tensors.items() if name.startswith(STATISTICS)}

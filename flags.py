@@ -212,7 +212,7 @@ class Parser(argparse.ArgumentParser):
         if kind is bool:
             place.add_argument(on, action="store_true", help=words)
             if known.off:
-                place.add_argument(f"--{known.off}", action="store_false", dest=known.name, help=f"not --{known.name}")
+                place.add_argument(f"--{known.off}", action="store_false", dest=known.name, help=f"turn off --{known.name}")
         elif known.several == "prompts":
             place.add_argument(on, action="append", help=words)
         elif known.several:
@@ -299,9 +299,9 @@ def job_of(given: Mapping[str, Any]) -> Job:
         "run": build(Run, given),
     }
     train = build(Train, given)  # its flags are checked in every mode
-    require(mode == "train" or train.init_from is None, "--init_from is for training; to draw with a checkpoint give --resume alone")
+    require(mode == "train" or train.init_from is None, "--init_from is for training; to draw with a checkpoint give only --resume")
     if train.init_from and Path(given.get("resume", shared["run"].output_dir)) != Path(shared["run"].output_dir):
-        raise UserError("--init_from begins a run and --resume goes on with one: give one of them, or --resume with the name of --output_dir")
+        raise UserError("--init_from starts a new run and --resume continues one: give only one of them, or give --resume the same folder as --output_dir")
     require(mode != "train" or "lora" not in given, "--lora is for drawing; to train adapters give --init_from and --lora_rank")
     if mode == "train":
         evaluation = build(Eval, given) if given.get("online_eval") else None
@@ -376,13 +376,14 @@ def parse_cache(argv: Sequence[str] | None = None) -> CacheJob:
     given = get_parser(groups, "Encode a data set's captions ahead of time: a training command with cache_text.py in place of main_jit.py.").read(argv)
     given.setdefault("model", "JiT-B/16-Text")
     require(
-        "lora_rank" not in given, "--lora_rank: training adapters fills the text cache itself; for cache_text.py give the base's --model and text flags instead"
+        "lora_rank" not in given,
+        "--lora_rank is not for cache_text.py; give the base model's --model and text flags instead (training adapters also fills the text cache by itself)",
     )
     asked = {name: given.pop(name, None) for name in ("prompt", "prompts_file")}  # which training does not take
     check_prompts(asked, "generate")
     job = job_of(given)
     require(job.model.is_text, f"--model {job.model.name} is a class model and has no captions; try --model {job.model.name}-Text")
-    require(job.text.cache == "disk", f"--text_cache {job.text.cache} keeps nothing that could be made ahead of time; leave it out")
+    require(job.text.cache == "disk", f"--text_cache {job.text.cache} stores nothing on disk, so cache_text.py has nothing to do; leave out --text_cache")
     pooling = build(CacheFlags, given).text_pooling or job.text.encoder.pooling
     text = replace(job.text, encoder=replace(job.text.encoder, pooling=pooling))
     captions = job.evaluation.captions if isinstance(job, TrainJob) and job.evaluation else None
@@ -393,7 +394,7 @@ def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:
     """prepare_ref.py: the few flags that decide reference statistics."""
     shared = ("data_path", "data_format", "image_column", "caption_column", "image_root", "img_size", "missing_captions", "inception_weights")
     shared += ("num_workers", "device")
-    parser = Parser("Reference statistics for FID of a data set under the training's crop.")
+    parser = Parser("Compute reference statistics for FID from a data set, with the crop that training uses.")
     for config in (Data, Model, Eval, Run):
         for known, default, kind in flags_in(config):
             if known.name in shared:
@@ -411,7 +412,7 @@ def parse_reference(argv: Sequence[str] | None = None) -> ReferenceJob:
 def parse_prepare(argv: Sequence[str] | None = None) -> PrepareJob:
     """prepare_data.py."""
     shared = ("data_path", "data_format", "image_column", "caption_column", "image_root", "img_size", "missing_captions", "bad_images", "num_workers", "device")
-    parser = Parser("Captioned pictures to tar shards at training size, with an index that all processes map.")
+    parser = Parser("Convert captioned pictures to tar shards at training size, with an index.")
     for config in (Data, Model, Shards, TextConfig, Run):
         for known, default, kind in flags_in(config):
             if known.name in shared or config in (Shards, TextConfig):
@@ -428,17 +429,17 @@ def parse_prepare(argv: Sequence[str] | None = None) -> PrepareJob:
 
 def parse_export(argv: Sequence[str] | None = None) -> ExportJob:
     """export.py."""
-    return parse_alone(ExportJob, "A trained model as others take it: safetensors, a model card, a folder for diffusers.", argv)
+    return parse_alone(ExportJob, "Export a trained model: safetensors, a model card and, with --diffusers, a folder for diffusers.", argv)
 
 
 def parse_convert(argv: Sequence[str] | None = None) -> ConvertJob:
     """convert_checkpoint.py."""
-    return parse_alone(ConvertJob, "A checkpoint in one file, or in parts.", argv)
+    return parse_alone(ConvertJob, "Convert a checkpoint in parts to one file, or with --parts one file to parts.", argv)
 
 
 def parse_app(argv: Sequence[str] | None = None) -> AppJob:
     """app.py."""
-    return parse_alone(AppJob, "A page in the browser to type prompts into.", argv)
+    return parse_alone(AppJob, "Serve a page in the browser to type prompts into.", argv)
 
 
 def parse_alone(cls: type, description: str, argv: Sequence[str] | None) -> Any:
@@ -476,8 +477,8 @@ SHOWN_JA = {
     "the table's folder": "表のあるフォルダ",
     "image or file_name": "image または file_name",
     "text or texts": "text または texts",
-    "the data's": "データのもの",
-    "the data's own": "データ自身の統計",
+    "the data's captions": "データのキャプション",
+    "computed from the data": "データから計算",
     "no clipping": "制限なし",
     "the whole model is trained": "モデル全体を学習",
     "at ends of epochs only": "エポックの終わりのみ",

@@ -64,7 +64,7 @@ def check_folder(folder: str) -> None:
     if not (Path(folder) / CONFIG).is_file() or not (Path(folder) / FILE).is_file():
         raise UserError(f"--lora {folder}: wanted a folder with {CONFIG} and {FILE}, as --lora_rank and peft write it")
     if others := [name for name in header(folder)[0] if not {"lora_A", "lora_B"} & set(name.split("."))]:
-        raise UserError(f"--lora {folder} holds {others[0]}; wanted LoRA's own matrices alone (lora_A, lora_B), without DoRA, biases or whole layers")
+        raise UserError(f"--lora {folder} holds {others[0]}; wanted only LoRA's matrices (lora_A, lora_B), without DoRA, biases or whole layers")
 
 
 def compare_base(net: nn.Module, folder: str) -> None:
@@ -100,7 +100,7 @@ def merge(net: nn.Module, folder: str, scale: float) -> None:
             wrapped = PeftModel.from_pretrained(net, folder, NAME, torch_device="cpu")
         lacking = sorted(set(get_peft_model_state_dict(wrapped, save_embedding_layers=False)) ^ set(load_peft_weights(folder, "cpu")))
         if lacking:
-            raise ValueError(f"{lacking[0]} is in one of them alone")
+            raise ValueError(f"{lacking[0]} is only in one of the two")
         for layer in wrapped.modules():
             if isinstance(layer, LoraLayer):
                 layer.set_scale(NAME, scale)

@@ -98,7 +98,7 @@ def finish(run: TrainingRun, job: TrainJob) -> None:
     """All is saved: wait for what is being written, and say how to go on."""
     run.writer.close()
     why = f"stopped by {run.training.stop.name or 'a signal to another process'} after step {run.training.state.step}"
-    say(f"{why}; go on by the same command with --resume {job.run.output_dir}")
+    say(f"{why}; to continue, run the same command with --resume {job.run.output_dir}")
 
 
 def leave_saved(run: TrainingRun, job: TrainJob) -> None:

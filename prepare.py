@@ -115,7 +115,7 @@ def prepare_evaluation(job: EvaluateJob | SweepJob, saved: Saved) -> Evaluator:
     known = "data_path" in job.given or resume.look_up(saved.job, "data.path") is not None  # else an unrelated ./data may lie here
     there, needed = Path(job.data.path).exists(), model.is_text and not job.evaluation.captions
     if there and not (known or needed):
-        say(f"the checkpoint names no data, so {job.data.path} is not read; give --data_path where that is what the pictures are compared with")
+        say(f"the checkpoint does not name its data, so {job.data.path} is not read; to compare the pictures with that data, give --data_path {job.data.path}")
     needed = needed or (known and there)
     dataset = open_data(job.data, model, job.run.seed) if needed else None
     agree_on_data(dataset, saved, job.data.path)
@@ -267,8 +267,8 @@ def check_shared_memory(job: TrainJob, conditioning: Conditioning) -> None:
     room = Path("/dev/shm")
     if room.is_dir() and batches > (free := shutil.disk_usage(room).free):
         say(
-            f"warning: {2 * count} batches on their way take {batches / 1e9:.1f} GB, and {room} has {free / 1e9:.1f} GB free; loader processes would die. "
-            "Lower --num_workers or --batch_size, or enlarge it (docker run --shm-size)"
+            f"warning: the {2 * count} batches that the loader keeps ready need {batches / 1e9:.1f} GB, but {room} has {free / 1e9:.1f} GB free; loader processes would die. "
+            f"Lower --num_workers or --batch_size, or enlarge {room} (docker run --shm-size)"
         )
 
 

@@ -41,7 +41,7 @@ def share() -> tuple[int, int]:
         ids = range(said["MIN"], said["MIN"] + said["COUNT"] * said["STEP"], said["STEP"])
         if said["ID"] not in ids or int(os.environ.get("SLURM_ARRAY_TASK_MAX", ids[-1])) != ids[-1]:
             raise UserError(
-                f"the ids of this Slurm array are not evenly spaced, and shards would be left out; give the whole array again (--array=0-{said['COUNT'] - 1}): what is made stays"
+                f"the task ids of this Slurm array are not evenly spaced, so shards would be missing; submit the whole array again (--array=0-{said['COUNT'] - 1}): finished shards are kept"
             )
         return ids.index(said["ID"]), len(ids)
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -51,7 +51,7 @@ def by_processes(pieces: Sequence[Piece], job: PrepareJob) -> Iterator[int]:
     number, count = share()
     mine = [piece for piece in pieces if piece.number % count == number]
     processes = min(len(mine), workers(job.data))
-    remedy = "if that was for want of memory, lower --num_workers; the shards that are done stay, give the command again"
+    remedy = "if memory ran out, lower --num_workers; run the command again: finished shards are kept"
     with closing(in_processes(partial(make, job=job), mine, processes, remedy)) as done:
         made = (number for _, number in done)
         yield from map(encoding(job), made) if job.text else made

@@ -30,7 +30,7 @@ def read(folder: Path, flag: str) -> tuple[dict[str, Tensor], dict[str, Any], di
     except Exception as error:  # cut short, no JSON, no safetensors: each its own exception
         raise UserError(f"{flag} {folder}: the release cannot be read ({one_line(error)})") from error
     if lacking := [name for name in NEEDED if name not in said]:
-        raise UserError(f"{flag} {folder}: {CONFIG} says no {lacking[0]}; wanted a MiniT2I folder")
+        raise UserError(f"{flag} {folder}: {CONFIG} has no {lacking[0]}; wanted a MiniT2I folder")
     if not weights:
         raise UserError(f"{flag} {folder}: no .safetensors beside {CONFIG}; is the download complete?")
     size, length = size_of(said, folder, flag), said.get("prompt_length", 256)

@@ -78,7 +78,7 @@ class Weights:
     def drawing(self, which: str) -> Iterator[None]:
         """Inside, `drawn` computes with an average, "1" or "2", or with the network's own weights, "raw".  Collective where it is sharded."""
         if which not in self.kept:
-            raise ValueError(f"{which} was not read, but {self.alone} alone")
+            raise ValueError(f"weights {which} were not read, only {self.alone}")
         with self._computing_with(None if which in ("raw", self.alone) else self.emas[int(which) - 1]):
             yield
 
@@ -130,7 +130,7 @@ class Saved:
     def check_which(self, asked: Sequence[str]) -> None:
         """Raises: UserError where weights are asked for that an exported folder does not hold."""
         if others := [which for which in asked if self.alone and which != self.alone]:
-            raise UserError(f"--eval_ema {others[0]}: {self.path} holds {self.alone} alone")
+            raise UserError(f"--eval_ema {others[0]}: {self.path} holds only the weights {self.alone}; give --eval_ema {self.alone} or leave it out")
 
     @property
     def best(self) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def read(path: Path, start_epoch: int | None = None, flag: str = "--resume") -> 
         if not all(part is None or isinstance(part, Mapping) for part in (*averages, text)):
             raise TypeError("averages and text must be dictionaries")
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # UserError is a ValueError
-        raise UserError(f"{flag} {path}: no checkpoint of a JiT ({one_line(error)})") from error
+        raise UserError(f"{flag} {path}: not a JiT checkpoint ({one_line(error)})") from error
     if start_epoch is not None:
         progress = replace(progress, epoch=start_epoch, epoch_step=0)
     return Saved(
@@ -210,7 +210,9 @@ def read_whole(path: Path, flag: str = "--resume") -> Saved:
     saved = read(path, flag=flag)
     if saved.base:
         base = look_up(saved.job, "train.init_from")
-        raise UserError(f"{flag} {path} holds adapters alone; draw by --resume {base} --lora {path.parent}, or merge them by export.py with the same two flags")
+        raise UserError(
+            f"{flag} {path} holds only LoRA adapters; to draw give --resume {base} --lora {path.parent}, to merge them run export.py with the same two flags"
+        )
     return saved
 
 
@@ -272,7 +274,7 @@ def find(job: TrainJob) -> Saved | None:
     """The checkpoint that the run begins from, if any; nothing is changed by looking."""
     path, start_epoch = beginning(job)
     if path and path.is_dir():
-        raise UserError(f"--resume {path} is a model to draw with and holds no run to go on with; begin one with its weights by --init_from {path}")
+        raise UserError(f"--resume {path} is a model for drawing, not a training checkpoint; to start a run from its weights give --init_from {path}")
     return read(path, start_epoch) if path else None
 
 
@@ -287,16 +289,16 @@ def beginning(job: TrainJob) -> tuple[Path | None, int | None]:
     if own.exists() and (began := dist.torchrun_began()) is not None and own.stat().st_mtime > began:
         return own, None
     if own.exists() and job.train.init_from:
-        say(f"going on with {own}, which was begun with --init_from {job.train.init_from}; for a fresh start name another --output_dir")
+        say(f"resuming {own}, a run that was started with --init_from {job.train.init_from}; for a new run give another --output_dir")
         return own, None
     path = checkpoint.find(run.resume, run.output_dir) if run.resume else None
     if not own.exists():
         return path, start_epoch
     if path is None:
-        raise UserError(f"{own} is there already; go on with it by --resume {run.output_dir}, or name another --output_dir")
+        raise UserError(f"{own} exists already; to continue that run give --resume {run.output_dir}, for a new run give another --output_dir")
     if path.resolve().parent == own.resolve().parent:
         return path, start_epoch
-    say(f"going on with {own}, which was begun from --resume {run.resume} or another; for a fresh start name another --output_dir")
+    say(f"resuming {own} instead of --resume {run.resume}: this run has saved it already; for a new run give another --output_dir")
     return own, None
 
 
@@ -350,11 +352,11 @@ def check(saved: Saved, job: Job, base: bool = False) -> None:
     if says_all:
         if bool(saved.base) != (job.train.lora_rank is not None):
             raise UserError(
-                f"{saved.path} holds {'adapters alone; give --lora_rank' if saved.base else 'a whole model and no adapters; leave out --lora_rank'}"
+                f"{saved.path} holds {'only LoRA adapters; give --lora_rank' if saved.base else 'a whole model and no adapters; leave out --lora_rank'}"
             )
         if job.train.init_from and not look_up(saved.job, "train.init_from"):
             raise UserError(
-                f"--init_from {job.train.init_from}: {saved.path} was begun without it; go on with that without --init_from, or name another --output_dir"
+                f"--init_from {job.train.init_from}: {saved.path} was started without it; to continue that run leave out --init_from, for a new run give another --output_dir"
             )
         moments.add("resuming")
         if saved.world and not saved.anew:
@@ -410,7 +412,7 @@ def check_batch(saved: Saved, train: Train) -> None:
         found = f"{train.batch_size} x {train.accum_iter} x {processes} = {batch}"
         raise UserError(
             f"{saved.path} was trained with an effective batch of {before.effective_batch}, and --batch_size x --accum_iter x processes is {found}; "
-            f"make it {before.effective_batch}, or say by --start_epoch that the steps are to be counted anew"
+            f"make it {before.effective_batch}, or give --start_epoch to count the steps anew"
         )
     if before.processes != processes:
         say(f"{saved.path} was trained by {before.processes} processes, this run has {processes}; the effective batch and the order of the data are the same")
@@ -420,10 +422,12 @@ def check_data(saved: Saved, world: World, data_path: str) -> None:
     """Says where the files have changed.  Raises: UserError where they have within an epoch: the rest of it would be other pictures."""
     before = saved.world
     if before and (before.data, before.steps_per_epoch) != (world.data, world.steps_per_epoch):
-        files = f"other files in --data_path {data_path}" if before.data != world.data else "this batch size or --held_out"
-        change = f"epochs of {before.steps_per_epoch} steps, and with {files} they are {world.steps_per_epoch} now"
+        files = f"other files in --data_path {data_path}" if before.data != world.data else "another batch size or --held_out"
+        change = f"epochs of {before.steps_per_epoch} steps; this run has {files}, and its epochs have {world.steps_per_epoch} steps"
         if saved.progress.epoch_step:
-            raise UserError(f"{saved.path} stands within one of its {change}; give the same data, or begin the epoch again by --start_epoch")
+            raise UserError(
+                f"{saved.path} was saved in the middle of an epoch and had {change}; give the same data, or start that epoch again with --start_epoch {saved.progress.epoch}"
+            )
         say(f"{saved.path} had {change}")
 
 
@@ -537,7 +541,9 @@ def restore(saved: Saved, state: TrainState, steps_per_epoch: int) -> Progress:
         progress = replace(progress, step=progress.epoch * steps_per_epoch)
     state.step = progress.step
     if progress.epoch_step >= steps_per_epoch:
-        raise UserError(f"{saved.path} stands at step {progress.epoch_step} of an epoch of {steps_per_epoch}; begin the epoch again by --start_epoch")
+        raise UserError(
+            f"{saved.path} was saved after step {progress.epoch_step} of an epoch, and an epoch has only {steps_per_epoch} steps now; start that epoch again with --start_epoch {progress.epoch}"
+        )
     try:
         by_name = checkpoint.load_optimizer_state(state.optimizer, state.net, saved.optimizer)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:

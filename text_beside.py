@@ -72,7 +72,7 @@ def check_captions(features: FeatureStore) -> None:
     for name, held in zip(features.names, features.shards):
         shard = (features.folder.parent / name).with_suffix(".tar")
         if not np.array_equal(held["keys"], disk.key_array(disk.keys_of(map(normalize, captions_of(shard))))):
-            raise UserError(f"{features.folder / name} holds the features of other captions than {shard.name} has; delete it, and give the command again")
+            raise UserError(f"{features.folder / name} does not hold the features of the captions in {shard.name}; delete it and run the command again")
 
 
 def statistics(beside: Beside) -> dict[str, Tensor]:

@@ -155,7 +155,9 @@ def check_saved(saved: Mapping[str, Any], description: Mapping[str, Any]) -> Non
         found = saved.get(name)
         comparable = name != "revision" or (found and hub.is_local(found) == hub.is_local(value))
         if name in saved and name not in ("llm", "transformers") and comparable and found != value:
-            raise UserError(f"the checkpoint's text features were made with {name} {found}, this run's with {value}; see --llm_model_name and its neighbours")
+            raise UserError(
+                f"the checkpoint's text features were made with {name} {found}, this run's with {value}; give the --llm_model_name, --llm_layer, --llm_dtype and --max_text_len that it was trained with"
+            )
 
 
 def statistics_of(features: FeatureRows, rows: np.ndarray, source: TextSource, saved: Mapping[str, Any]) -> dict[str, Tensor]:

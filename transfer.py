@@ -55,7 +55,7 @@ def check_origin(origin: Saved, name: str) -> None:
         )
     if ORDER.index(found.condition) > ORDER.index(wanted.condition):
         raise UserError(
-            f"--init_from {origin.path} reads {found.condition}, and --model {name} reads {wanted.condition}: only the way from classes to tokens is open"
+            f"--init_from {origin.path} reads {found.condition}, and --model {name} reads {wanted.condition}: weights can go from labels to pooled to tokens, but not back"
         )
 
 

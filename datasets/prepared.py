@@ -92,7 +92,7 @@ def nothing_left(out: Path, shards: Sequence[Path], making: Making) -> UserError
     broken = sum(map(left_out, facts)) - small
     return UserError(
         f"--out {out}: no picture is left; {broken:,} cannot be used (bad_images.txt there lists them), {small:,} are smaller than --min_size {making.min_size}. "
-        "Mend the data or lower --min_size, and name another --out"
+        "Fix the data or lower --min_size, and give another --out"
     )
 
 

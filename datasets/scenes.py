@@ -432,11 +432,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32, help="width and height in pixels; three, count and both mixed want 64")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--language", choices=("ja", "en"), default="ja")
-    parser.add_argument("--long", action="store_true", help="each caption after some 120 characters (English: 470) that say nothing about the picture")
+    parser.add_argument("--long", action="store_true", help="put about 120 characters (English: 470) of unrelated text before each caption")
     parser.add_argument("--wrong", type=float, default=0.0, help="share of pictures with the captions of another scene")
     parser.add_argument("--spread", type=float, default=SPREAD, help="how far from the middle related things may stand: 0 not at all, 1 anywhere")
     parser.add_argument("--corpus", type=Path, default=None, help="also (or, without --out, only) write text for demo.tiny_llm into this file")
-    parser.add_argument("--words", type=Path, default=None, help="and the words that captions are made of into this one, for its tokenizer")
+    parser.add_argument("--words", type=Path, default=None, help="also write the words that captions are made of into this file, for --words of demo.tiny_llm")
     args = parser.parse_args()
     try:
         if not (args.out or args.corpus or args.words):

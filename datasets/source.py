@@ -91,7 +91,7 @@ def check_columns(data: Data, kind: str) -> None:
 def check_missing(rows: Rows, data: Data) -> None:
     """Raises: UserError for pictures without captions, or the other way round, unless they are to be left out."""
     if rows.problems and data.missing == "error":
-        raise UserError(f"--data_path {data.path}: {'; '.join(rows.problems)}. Mend them, or go on without them by --missing_captions skip")
+        raise UserError(f"--data_path {data.path}: {'; '.join(rows.problems)}. Fix them, or skip them with --missing_captions skip")
     if rows.problems:
         say(f"--missing_captions skip: left out {'; '.join(rows.problems)}")
 
@@ -139,7 +139,7 @@ def files_of(path: Path, kind: str) -> list[Path]:
     found = packed_in(path)[f".{kind}"]
     if kind == "tar" and (made := next((shard for shard in found if facts_beside(shard).exists()), None)):
         raise UserError(
-            f"--data_path {path}: {made} is a shard of prepare_data.py; give its folder, and where that has no index/ yet, first that command again"
+            f"--data_path {path}: {made} was made by prepare_data.py; give its folder as --data_path, and if that has no index/ yet, run the prepare_data.py command again first"
         )
     return found
 

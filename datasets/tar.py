@@ -168,7 +168,7 @@ def keep(path: Path, index: Index, facts: list) -> bool:
 def make_indices(shards: Sequence[Path], numbers: Sequence[int], caption_column: str | None) -> Iterator[tuple[int, Index]]:
     """Of the shards of those numbers, as they are done, by as many processes as this rank has cores."""
     count = min(len(numbers), own_cores())
-    remedy = "tar files that are indexed stay so: give the command again, with more memory if that was wanting"
+    remedy = "run the command again, with more memory if it ran out: tar files that are indexed already are not read again"
     return in_processes(lambda number: make_index(shards[number], caption_column), numbers, count, remedy)
 
 

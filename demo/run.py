@@ -106,7 +106,7 @@ def digits(out: Path, llm: str | None, epochs: int) -> None:
     prompts = digit_prompts(pairs)
     pictures = draw(PROCESSES, "cpu", run, prompts)
 
-    step("the same by a CLIP, here a small one trained on the spot: are the captions' pictures those of their captions?")
+    step("the same with a CLIP, here a small one trained now: does each picture match its own caption?")
     call("-m", "demo.tiny_clip", "--out", str(out / "clip"), "--size", str(size), "--steps", "400")
     asked = out / "captions.txt"
     asked.write_text("".join(f"{digit_captions(colour, digit)[0]}\n" for colour in COLOURS for digit in range(10)), encoding="utf-8")

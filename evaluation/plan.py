@@ -73,7 +73,9 @@ class Request:
 def find_requested(config: Eval, model: Model, counts: Sequence[int], device: torch.device) -> Request:
     """Networks, statistics and captions that the flags name; counts: of pictures.  Collective.  Raises: UserError where one cannot be had."""
     if min(counts) < dist.world_size():
-        raise UserError(f"an evaluation of {min(counts)} pictures (--num_images, --sweep_images) is fewer than the {dist.world_size()} processes")
+        raise UserError(
+            f"{min(counts)} pictures (--num_images, --sweep_images) are too few for {dist.world_size()} processes; wanted at least one picture per process"
+        )
     networks = find_networks(config, model, device)
     check_measurable(config, networks != Networks())
     found = None

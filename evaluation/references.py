@@ -83,7 +83,9 @@ def is_kept(path: Path, dataset: PictureDataset, root: str, extractor: Extractor
     except UserError:  # not there, or cut short: made anew
         return False
     if "data" not in facts:
-        raise UserError(f"{path} does not say which pictures it is of; name it by --fid_stats, or move it away for statistics of the data itself")
+        raise UserError(
+            f"{path} does not say which pictures it was made from; to use it give --fid_stats {path}, or move it away to compute statistics of this data"
+        )
     return all(facts.get(name) == value for name, value in facts_of(dataset, root, extractor).items())
 
 

@@ -67,6 +67,8 @@ def add_code(folder: Path) -> None:
     shutil.copyfile(ROOT / "exporting" / "painter.py", folder / PAINTER / "painter.py")
     encoder = folder / PAINTER / IN_PAINTER / TEXT_ENCODER
     if [*encoder.glob("*.bin")] and not [*encoder.glob("*.safetensors")]:
-        say("warning: the language model's weights are .bin files, which diffusers does not fetch from the hub: this folder opens from a disk alone")
+        say(
+            "warning: the language model's weights are .bin files, which diffusers does not fetch from the hub: this folder can be opened only from a local disk"
+        )
     index = {"_class_name": ["pipeline", "JiTPipeline"], "_diffusers_version": "0.30.0", PAINTER: ["painter", "JiTPainter"]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -151,7 +151,7 @@ def listed(value: Any, name: str) -> list[str]:
     text = text_of(value, name, LONGEST)
     parts = [part.strip() for part in text.translate(str.maketrans("、，\n", ",,,")).split(",") if part.strip()]
     if not parts:
-        raise UserError(f"{name}: 1 つ以上、コンマで区切って書いてください / write one or more, between commas")
+        raise UserError(f"{name}: 1 つ以上、コンマで区切って書いてください / write one or more, separated by commas")
     return parts
 
 

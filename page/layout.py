@@ -42,13 +42,13 @@ def headline(painter: LoadedPainter, path: Path) -> str:
 
 
 def ask_for_prompts(rules: Rules) -> Boxes:
-    again = "全部の行を、番号を進めながら繰り返し描きます / all lines are drawn this often, each time with the next numbers"
+    again = "全部の行を、番号を進めながら繰り返し描きます / draws all lines this many times, each time with the next picture numbers"
     return {"prompts": prompts_box(rules, "prompts", several=True), "times": gr.Number(1, label="回数 / times", info=again, elem_id="times")}
 
 
 def ask_for_scales(rules: Rules) -> Boxes:
     prompt = prompts_box(rules, "prompt", several=False)
-    scales = gr.Textbox("1, 2, 3, 4", label="cfg の値 / values of cfg", info="コンマ区切り / between commas", max_lines=1, elem_id="scales")
+    scales = gr.Textbox("1, 2, 3, 4", label="cfg の値 / values of cfg", info="コンマ区切り / separated by commas", max_lines=1, elem_id="scales")
     return {"prompt": prompt, "scales": scales, "number": number_box("scales")}
 
 
@@ -57,7 +57,7 @@ def ask_for_words(rules: Rules) -> Boxes:
         label="プロンプト / prompt", info=f"変える語の場所に {asked.HOLE} と書きます / write {asked.HOLE} in place of the word that changes",
         placeholder=f"{asked.HOLE}柴犬", max_lines=1, elem_id="template",
     )  # fmt: skip
-    words = gr.Textbox(label="語 / words", info="コンマ区切り / between commas", placeholder="赤い, 青い", max_lines=1, elem_id="words")
+    words = gr.Textbox(label="語 / words", info="コンマ区切り / separated by commas", placeholder="赤い, 青い", max_lines=1, elem_id="words")
     return {"template": template, "words": words, "number": number_box("words")}
 
 

@@ -38,7 +38,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         place = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         why = (error.strerror or str(error)).split(" (while")[0]
-        raise UserError(f"--host {host} --port {port} cannot be had ({why}); try another --port") from error
+        raise UserError(f"--host {host} --port {port} cannot be used ({why}); try another --port") from error
     with place:
         if not is_loopback(host):
             say(f"warning: --host {host}: anyone who reaches port {place.getsockname()[1]} of this machine can draw")

@@ -60,7 +60,9 @@ def test_a_rank_that_hangs_in_training_ends_the_others_in_one_line(text_data, ll
     assert "Traceback" not in said and time.time() - (tmp_path / "second step").stat().st_mtime < 30
     line = said.splitlines()[-1]
     assert (
-        line.startswith("error: rank 0 of 2 has lost the others: one of them died, or hangs") and ("Timed out" in line or "timeout" in line) and "/" not in line
+        line.startswith("error: rank 0 of 2 lost contact with the others: one of them died or hangs")
+        and ("Timed out" in line or "timeout" in line)
+        and "/" not in line
     )
     assert weights(tmp_path / "out")["step"] == 2
 
@@ -77,7 +79,7 @@ def test_a_hang_is_told_also_where_the_main_thread_waits_for_something_else(tmp_
 
     wait_for_rank_0(work)
     (line,) = (tmp_path / "0.txt").read_text(encoding="utf-8").splitlines()
-    assert line.startswith("error: rank 0 of 2 has lost the others")
+    assert line.startswith("error: rank 0 of 2 lost contact with the others")
 
 
 def test_a_rank_that_died_is_told_in_one_line_too(tmp_path):
@@ -85,7 +87,7 @@ def test_a_rank_that_died_is_told_in_one_line_too(tmp_path):
         if dist.rank() == 1:
             os._exit(3)
         with (
-            pytest.raises(UserError, match="rank 0 of 2 has lost the others: one of them died, or hangs; .*Connection (closed|reset) by peer"),
+            pytest.raises(UserError, match="rank 0 of 2 lost contact with the others: one of them died or hangs; .*Connection (closed|reset) by peer"),
             dist.lost_ranks(),
         ):
             dist.barrier()

@@ -299,7 +299,7 @@ def test_the_datas_own_statistics_are_kept_and_made_anew_when_the_data_changes(t
     path.write_bytes(b"cut")
     assert get().facts["n"] == 8
     np.savez(path, mu=np.zeros(16), sigma=np.eye(16))
-    with pytest.raises(UserError, match="does not say which pictures it is of; name it by --fid_stats"):
+    with pytest.raises(UserError, match="does not say which pictures it was made from; to use it give --fid_stats"):
         get()
 
 
@@ -528,7 +528,7 @@ def test_r_precision_and_clip_score_in_closed_form():
 def test_a_clip_that_cannot_be_had_is_left_out_in_one_line(capsys):
     assert extractors.load_clip("no-such/clip", CPU) is None
     printed = capsys.readouterr().out
-    assert printed.startswith("CLIP score and R-precision are left out: --clip_model no-such/clip cannot be had") and printed.count("\n") == 1
+    assert printed.startswith("CLIP score and R-precision are left out: --clip_model no-such/clip cannot be loaded") and printed.count("\n") == 1
 
 
 def test_a_clip_folder_that_is_not_whole_is_one_line(clip_folder, tmp_path):

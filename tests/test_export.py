@@ -141,9 +141,9 @@ def test_what_is_exported_is_one_set_of_weights_and_all_settings(trained, tmp_pa
     raw = load_painter(tmp_path / "raw", device="cpu")
     assert raw.job.drawing.weights == "raw" and load_painter(tmp_path / "1", device="cpu").job.drawing.weights == "1"
     assert torch.equal(raw(PROMPTS), load_painter(trained, "raw", device="cpu")(PROMPTS))
-    with pytest.raises(UserError, match="--eval_ema 2: .*raw holds raw alone"):
+    with pytest.raises(UserError, match="--eval_ema 2: .*raw holds only the weights raw"):
         load_painter(tmp_path / "raw", "2", device="cpu")
-    with pytest.raises(UserError, match="--eval_ema 2: .*raw holds raw alone"):
+    with pytest.raises(UserError, match="--eval_ema 2: .*raw holds only the weights raw"):
         export("--resume", tmp_path / "raw", "--out", tmp_path / "again", "--with_text_encoder", "--eval_ema", "2")
     again = export("--resume", tmp_path / "raw", "--out", tmp_path / "again", "--with_text_encoder")
     assert json.loads((again / "config.json").read_text(encoding="utf-8"))["weights"] == "raw"
@@ -238,7 +238,7 @@ def test_a_language_model_that_goes_along_keeps_its_name_its_licence_and_what_wa
 def test_training_begins_with_it_and_does_not_go_on_with_it(trained, text_data, llm_folder, tmp_path):
     folder = export("--resume", trained, "--out", tmp_path / "st", "--with_text_encoder")
     more = ["--model", MODELS["text"], "--batch_size", 8, "--max_text_len", 24, "--epochs", 1]
-    with pytest.raises(UserError, match="is a model to draw with and holds no run to go on with; .* --init_from"):
+    with pytest.raises(UserError, match="is a model for drawing, not a training checkpoint; .* --init_from"):
         run(*flags(text_data, llm_folder(), tmp_path / "new", *more, "--resume", folder))
     run(*flags(text_data, llm_folder(), tmp_path / "new", *more, "--init_from", folder))
     assert "copied" in (tmp_path / "new" / "init_from.txt").read_text(encoding="utf-8")
@@ -304,7 +304,7 @@ def test_what_cannot_be_exported_is_one_line(trained, llm_folder, tmp_path):
         load_painter(st)
     for content in ("{}", '{"format": "jit-t2i", "version": 1}'):
         (found / "config.json").write_text(content, encoding="utf-8")
-        with pytest.raises(UserError, match="of no model of this code"):
+        with pytest.raises(UserError, match="does not describe a model of this code"):
             load_painter(found)
     assert not checkpoint.is_exported(tmp_path)
 

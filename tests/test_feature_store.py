@@ -294,7 +294,7 @@ def test_token_features_are_stored_without_padding(llm_folder, tmp_path):
     )
     means = torch.stack([part.float().mean(0) for part in states.split(lengths.tolist())])
     torch.testing.assert_close(means, encoder.encode(MANY), rtol=2e-3, atol=2e-3)
-    with pytest.raises(UserError, match="made with pooling 'tokens', this run's would be with 'mean'"):
+    with pytest.raises(UserError, match="made with pooling 'tokens', but this run needs 'mean'"):
         prepare(tmp_path, llm_folder())
 
 

@@ -95,14 +95,17 @@ def test_a_run_goes_on_and_only_on_its_base(base, text_data, tmp_path):
     for argv, words in (
         ([tmp_path / "other", text_data, tmp_path / "parts", "--epochs", 6], "holds adapters for other weights than those of --init_from"),
         ([base, text_data, tmp_path / "parts", "--epochs", 6, "--lora_rank", 8], "--lora_rank is 8, but .* was trained with 4"),
-        ([tmp_path / "parts", text_data, tmp_path / "new"], "holds adapters alone; draw by --resume .*exported --lora .*parts, or merge them by export.py"),
+        (
+            [tmp_path / "parts", text_data, tmp_path / "new"],
+            "holds only LoRA adapters; to draw give --resume .*exported --lora .*parts, to merge them run export.py",
+        ),
         ([base, text_data, base], "holds a whole model and no adapters; leave out --lora_rank"),
         ([base, text_data, tmp_path / "new", "--model", "JiT-Pico/8-Text"], "--model is JiT-Pico/8-Text, but .* was trained with MMJiT-Pico/8"),
         ([base, text_data, tmp_path / "new", "--noise_scale", 1.5], "--noise_scale is 1.5, but .* was trained with 2.0"),
     ):
         with pytest.raises(UserError, match=words):
             adapt(*argv)
-    with pytest.raises(UserError, match="holds adapters alone; give --lora_rank"):
+    with pytest.raises(UserError, match="holds only LoRA adapters; give --lora_rank"):
         run(
             "--model",
             MODELS["tokens"],
@@ -210,8 +213,8 @@ def test_what_are_no_adapters_of_the_model_is_one_line(base, text_data, tmp_path
     for argv, words in (
         ([str(tmp_path)], "wanted a folder with adapter_config.json"),
         ([damaged("cut", lambda path: (path / lora.FILE).write_bytes((path / lora.FILE).read_bytes()[:1000]))], "adapter_model.safetensors cannot be read"),
-        ([damaged("more", with_a_bias)], "holds base_model.model.final_layer.linear.bias; wanted LoRA's own matrices alone"),
-        ([damaged("less", without_one)], "does not fit the model .*is in one of them alone"),
+        ([damaged("more", with_a_bias)], "holds base_model.model.final_layer.linear.bias; wanted only LoRA's matrices"),
+        ([damaged("less", without_one)], "does not fit the model .*is only in one of the two"),
         ([damaged("no json", lambda path: (path / lora.CONFIG).write_text("{"))], "does not fit the model"),
         ([damaged("kind", of_another_kind)], "does not fit the model"),
         ([str(folder), "--lora_scale", "nan"], "--lora_scale nan must be a finite number"),
@@ -229,7 +232,7 @@ def test_what_are_no_adapters_of_the_model_is_one_line(base, text_data, tmp_path
     assert generate(base, tmp_path / "other", *PROMPTS, "--lora", damaged("elsewhere", for_another_base))
     assert "was trained on other weights than these" in capsys.readouterr().out
     for argv, words in (
-        (["--lora_rank", "4"], "--lora_rank trains adapters for another model: name that by --init_from"),
+        (["--lora_rank", "4"], "--lora_rank trains adapters for an existing model; give that model with --init_from"),
         (["--lora", "x"], "--lora is for drawing"),
         (["--generate", "--resume", "x", "--lora_scale", "0.5"], "--lora_scale is for --lora"),
         (["--init_from", "x", "--lora_rank", "0"], "--lora_rank 0 must be at least 1"),

@@ -139,7 +139,7 @@ def test_what_cannot_begin_is_one_line_before_anything_is_loaded(tmp_path, monke
     with socket.create_server(("127.0.0.1", 0)) as place:
         (tmp_path / "checkpoint-last.pth").touch()
         port = place.getsockname()[1]
-        assert f"--port {port} cannot be had (Address already in use)" in told("--resume", tmp_path, "--port", port)
+        assert f"--port {port} cannot be used (Address already in use)" in told("--resume", tmp_path, "--port", port)
     assert "wanted a folder with adapter_config.json" in told("--resume", tmp_path, "--lora", tmp_path)
     assert "--lora_scale is for --lora" in told("--resume", tmp_path, "--lora_scale", "0.5")
     assert "--host 192.0.2.1 " in told("--resume", tmp_path, "--host", "192.0.2.1")

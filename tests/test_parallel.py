@@ -227,7 +227,7 @@ def test_what_compiling_needs_is_told_before_anything_is_compiled(monkeypatch, c
     cuda = torch.device("cuda", 0)
     parallel.tell_lacking.cache_clear()
     assert not uses_compile(None, cuda) and not uses_compile(None, cuda)
-    assert capsys.readouterr().out.count("a compiler (gcc) is not here") == 1
+    assert capsys.readouterr().out.count("a compiler (gcc) was not found") == 1
     monkeypatch.setattr(parallel.shutil, "which", lambda name: name)
     assert uses_compile(None, cuda) and not uses_compile(None, cuda, usual=False) and uses_compile(True, cuda, usual=False) and uses_compile(True, CPU)
     with monkeypatch.context() as patch:

@@ -127,7 +127,7 @@ def test_t5_comes_without_its_decoder(t5_folder):
 
 def test_a_release_is_no_run_to_go_on_with_but_begins_one(release, text_data, llm_folder, tmp_path, capsys):
     common = [*flags(text_data, llm_folder(), tmp_path / "out", "--model", "MMJiT-Nano/8", "--batch_size", 4, "--epochs", 1)]
-    with pytest.raises(UserError, match="is a model to draw with .* by --init_from"):
+    with pytest.raises(UserError, match="is a model for drawing.* give --init_from"):
         run(*common, "--resume", str(release))
     run(*common, "--init_from", str(release))
     assert "made: txt_embedder.weight, mask_token" in capsys.readouterr().out
@@ -146,7 +146,7 @@ def test_a_folder_that_is_no_release_is_one_line(release):
     said, draw = json.loads(path.read_text()), ["--generate", "--resume", str(release), "--device", "cpu"]
     for content, words in (
         ("{", "the release cannot be read"),
-        (json.dumps({}), "says no image_size; wanted a MiniT2I folder"),
+        (json.dumps({}), "has no image_size; wanted a MiniT2I folder"),
         (json.dumps(said | {"hidden_size": 100}), "a width of 100 in 6 blocks is no size of MM-JiT"),
     ):
         path.write_text(content)

@@ -350,7 +350,7 @@ def test_a_process_that_dies_while_tar_files_are_indexed_ends_the_run_in_one_lin
         open_text(path)
 
     assert ended(child(work)) == 1
-    assert "a process died; tar files that are indexed stay so: give the command again" in capfd.readouterr().out
+    assert "a process died; run the command again, with more memory if it ran out" in capfd.readouterr().out
 
 
 def test_tar_files_are_indexed_by_several_processes_as_by_one(pictures, tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def test_a_painter_holds_the_weights_that_it_draws_with_and_no_others(trained, w
         for parameter, value in painter.weights.net.named_parameters():
             assert torch.equal(value, wanted[checkpoint.PREFIX + parameter]), parameter
     assert not any(ema.average for ema in painter.weights.emas)
-    with pytest.raises(ValueError, match=f"was not read, but {which} alone"), painter.weights.drawing("2" if which == "1" else "1"):
+    with pytest.raises(ValueError, match=f"were not read, only {which}"), painter.weights.drawing("2" if which == "1" else "1"):
         pass
 
 

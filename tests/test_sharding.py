@@ -145,9 +145,9 @@ def test_compiled_blocks_are_sharded(train, graphs):  # noqa: F811
 
 
 def test_what_cannot_be_shared_out_is_told(train):
-    with pytest.raises(UserError, match="--parallel fsdp shares the weights out among processes; start them by torchrun"):
+    with pytest.raises(UserError, match="--parallel fsdp shards the weights over several processes; start it with torchrun"):
         train("out", 0, "--parallel", "fsdp")
-    with pytest.raises(UserError, match="--lora_rank trains a few weights alone"):
+    with pytest.raises(UserError, match="--lora_rank trains only a few weights"):
         train("out", 0, "--parallel", "fsdp", "--lora_rank", 4, "--init_from", "nowhere")
 
 
@@ -293,7 +293,7 @@ def test_a_folder_that_does_not_hold_the_tensors_is_told_in_one_line(tmp_path, m
 def test_a_file_that_says_no_such_folder_is_told_in_one_line(tmp_path, said):
     (tmp_path / "there").mkdir()
     checkpoint.save(tmp_path / "a.pth", {"epoch": 0, "parts": said})
-    with pytest.raises(UserError, match="wants its tensors from the folder .* beside it, which is not there|no checkpoint of a JiT"):
+    with pytest.raises(UserError, match="needs the folder .* next to it, which holds its tensors and is missing|not a JiT checkpoint"):
         checkpoint.load(tmp_path / "a.pth")
 
 

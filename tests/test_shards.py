@@ -97,7 +97,7 @@ def test_what_is_broken_is_listed_or_ends_the_run(large_data, tmp_path, capsys):
     out = prepare(large_data, tmp_path / "skip", "--shard_pictures", 4)
     assert re.search(r"\nwarning: 1 of 11 samples cannot be used and are left out; .*bad_images.txt lists them, the first is .*3.png", capsys.readouterr().out)
     assert "3.png: cannot identify" in (out / "bad_images.txt").read_text()
-    with pytest.raises(UserError, match=r"broken picture .*3.png: cannot identify.*; go on without such by --bad_images skip"):
+    with pytest.raises(UserError, match=r"broken picture .*3.png: cannot identify.*; to skip broken pictures give --bad_images skip"):
         prepare(large_data, tmp_path / "error", "--bad_images", "error")
     assert sorted(path.name for path in (tmp_path / "error").iterdir()) == []
 
@@ -106,7 +106,7 @@ def test_what_is_broken_is_listed_or_ends_the_run(large_data, tmp_path, capsys):
 def test_a_disk_that_fails_says_nothing_of_a_picture(error, said, large_data, tmp_path, monkeypatch):
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) if path.name != "3.png" else (_ for _ in ()).throw(error))
-    with pytest.raises(UserError, match=f"3.png cannot be read now .*{said}.*; what is made stays, give the command again"):
+    with pytest.raises(UserError, match=f"3.png cannot be read now .*{said}.*; run the command again: finished work is kept"):
         prepare(large_data, tmp_path / "out", "--shard_pictures", 3)
     assert [path.name for path in (tmp_path / "out").glob("*.tar")] == [shard_name(0)]
     monkeypatch.undo()
@@ -152,7 +152,8 @@ def test_shards_without_their_index_are_no_data_and_prepared_data_no_source(larg
     (out / shard_name(1)).unlink()
     for opened in (lambda: open_text(out), lambda: open_text(out / shard_name(0)), lambda: prepare(out, tmp_path / "again")):
         with pytest.raises(
-            UserError, match=r"shard-000000.tar is a shard of prepare_data.py; give its folder, and where that has no index/ yet, first that command again"
+            UserError,
+            match=r"shard-000000.tar was made by prepare_data.py; give its folder as --data_path, and if that has no index/ yet, run the prepare_data.py command again first",
         ):
             opened()
     assert len(open_text(prepare(large_data, out, "--shard_pictures", 4))) == 11
@@ -218,7 +219,7 @@ def test_whoever_makes_a_shard_makes_the_same_bytes_and_none_is_made_again(large
     for task, last in ((5, 9), (9, 9)):  # --array=5,6,9: the tasks of some that failed
         for name, value in {"TASK_ID": task, "TASK_MAX": last}.items():
             monkeypatch.setenv(f"SLURM_ARRAY_{name}", str(value))
-        with pytest.raises(UserError, match=r"not evenly spaced, and shards would be left out; give the whole array again \(--array=0-2\)"):
+        with pytest.raises(UserError, match=r"not evenly spaced, so shards would be missing; submit the whole array again \(--array=0-2\)"):
             prepare(large_data, tmp_path / "gaps", "--shard_pictures", 3)
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     (tmp_path / "one" / shard_name(1)).unlink()
@@ -282,7 +283,7 @@ def test_a_process_that_dies_ends_the_preparation_in_one_line(large_data, tmp_pa
         prepare(large_data, tmp_path / "out", "--shard_pictures", 4, "--num_workers", 2)
 
     assert ended(child(work)) == 1
-    assert "a process died; if that was for want of memory, lower --num_workers" in capfd.readouterr().out
+    assert "a process died; if memory ran out, lower --num_workers" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -362,7 +363,7 @@ def test_features_of_other_captions_are_not_taken_for_a_shards_own(large_data, l
     out = prepare(large_data, tmp_path / "out", *more)
     one, other = (out / "text_cache" / shard_name(number).replace(".tar", ".safetensors") for number in range(2))
     shutil.copy(other, one)  # as many
-    with pytest.raises(UserError, match=r"shard-000000.safetensors holds the features of other captions than shard-000000.tar has; delete it"):
+    with pytest.raises(UserError, match=r"shard-000000.safetensors does not hold the features of the captions in shard-000000.tar; delete it"):
         prepare(large_data, out, *more)
     one.unlink()
     assert len(open_text(prepare(large_data, out, *more)).beside) == 11
@@ -385,7 +386,7 @@ def test_features_are_added_to_shards_that_are_there_and_made_once(told_data, ll
     prepare(told_data, out, "--shard_pictures", 4, "--llm_model_name", llm)
     with pytest.raises(
         UserError,
-        match="--out .*text_cache: its features were made with layer 'mean', this run's would be with 'last'; give --llm_layer mean, or name another folder",
+        match="--out .*text_cache: its features were made with layer 'mean', but this run needs 'last'; give --llm_layer mean, or name another folder",
     ):
         prepare(told_data, out, "--shard_pictures", 4, "--llm_model_name", llm, "--llm_layer", "last")
     with pytest.raises(UserError, match="--max_text_len/llm_layer has no effect without --llm_model_name"):

@@ -213,7 +213,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves_with_zero(number, text_data
     printed = capfd.readouterr().out
     step = weights(out)["step"]
     assert step < 24
-    assert f"stopped by {number.name} after step {step}; go on by the same command with --resume {out}" in printed
+    assert f"stopped by {number.name} after step {step}; to continue, run the same command with --resume {out}" in printed
     if number == signal.SIGTERM:
         assert ended(child(lambda: run(*argv(out), "--resume", str(out)))) == 0
         assert ended(child(lambda: run(*argv(tmp_path / "whole")))) == 0
@@ -447,7 +447,7 @@ def test_the_same_command_goes_on_with_what_it_has_written(text_data, llm_folder
     assert weights(tmp_path / "new")["step"] == 4 + 2
     capsys.readouterr()
     run(*tuned)
-    assert f"going on with {tmp_path / 'new' / checkpoint.LAST}" in capsys.readouterr().out and weights(tmp_path / "new")["step"] == 12
+    assert f"resuming {tmp_path / 'new' / checkpoint.LAST} instead of --resume" in capsys.readouterr().out and weights(tmp_path / "new")["step"] == 12
 
     begun = argv(tmp_path / "other", "--epochs", 3, "--resume", tmp_path / "other", "--start_epoch", 2)
     with monkeypatch.context() as patch:
@@ -457,7 +457,7 @@ def test_the_same_command_goes_on_with_what_it_has_written(text_data, llm_folder
     run(*begun)
     assert "2 of its 4 steps done" in capsys.readouterr().out
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    with pytest.raises(UserError, match="--init_from .*other: .*new.* was begun without it; go on with that without --init_from"):
+    with pytest.raises(UserError, match="--init_from .*other: .*new.* was started without it; to continue that run leave out --init_from"):
         run(*argv(tmp_path / "new", "--epochs", 4, "--init_from", tmp_path / "other"))
 
 
@@ -477,7 +477,7 @@ def test_a_restart_by_torchrun_goes_on_with_what_was_written_since_torchrun_bega
     assert {argv: beginning(*argv) for argv in [*ways, ()]} == dict.fromkeys([*ways, ()], (own, None))
     os.utime(own, (0, 0))
     assert {argv: beginning(*argv) for argv in ways} == ways
-    with pytest.raises(UserError, match="is there already; go on with it by --resume"):
+    with pytest.raises(UserError, match="exists already; to continue that run give --resume"):
         beginning()
     shell = subprocess.Popen(["bash", "-c", "echo; sleep 60; true"], stdout=subprocess.PIPE)  # with the variable, as a script of torchrun's has it
     shell.stdout.readline()  # /proc shows an empty environment until the program has begun
@@ -501,14 +501,14 @@ def test_within_an_epoch_the_data_must_be_the_same(tmp_path, llm_folder, monkeyp
         StopAfter(patch, 2)
         run(*argv, "--epochs", "1")
     write_text_data(data, 12)
-    changed = "stands within one of its epochs of 4 steps, and with other files in --data_path .* they are 6 now; .* --start_epoch"
+    changed = "was saved in the middle of an epoch and had epochs of 4 steps; this run has other files in --data_path .*, and its epochs have 6 steps; .* --start_epoch 0"
     with pytest.raises(UserError, match=changed):
         run(*argv, "--epochs", "1")
     (data / "images" / "8.png").unlink(), (data / "images" / "9.png").unlink(), (data / "images" / "10.png").unlink()
     (data / "images" / "11.png").unlink()
     (data / "images" / "0.png").rename(data / "images" / "x.png")
     (data / "captions" / "0.txt").rename(data / "captions" / "x.txt")
-    with pytest.raises(UserError, match="they are 4 now"):  # as many, but others
+    with pytest.raises(UserError, match="its epochs have 4 steps"):  # as many, but others
         run(*argv, "--epochs", "1", "--missing_captions", "skip")
     write_text_data(data, 12)
     (data / "images" / "x.png").unlink(), (data / "captions" / "x.txt").unlink()
@@ -516,9 +516,9 @@ def test_within_an_epoch_the_data_must_be_the_same(tmp_path, llm_folder, monkeyp
     capsys.readouterr()
     write_text_data(data, 16)
     run(*argv, "--epochs", "2")
-    assert "had epochs of 6 steps, and with other files" in capsys.readouterr().out
+    assert "had epochs of 6 steps; this run has other files" in capsys.readouterr().out
     run(*argv, "--epochs", "3", "--start_epoch", "2", "--batch_size", "4")
-    assert "had epochs of 8 steps, and with this batch size or --held_out they are 4 now" in capsys.readouterr().out
+    assert "had epochs of 8 steps; this run has another batch size or --held_out, and its epochs have 4 steps" in capsys.readouterr().out
 
 
 def test_two_jobs_in_one_output_dir(text_data, llm_folder, tmp_path, capfd):
@@ -764,4 +764,4 @@ def test_an_error_that_ends_training_is_the_last_line_and_has_it_to_itself(text_
     code = ended(child(work))
     *_, bar, last, rest = capfd.readouterr().err.split("\n")
     assert code == 1 and rest == "" and "training: " in bar
-    assert last.startswith("error: broken picture ") and "3.png" in last and last.endswith("go on without such by --bad_images skip")
+    assert last.startswith("error: broken picture ") and "3.png" in last and last.endswith("to skip broken pictures give --bad_images skip")

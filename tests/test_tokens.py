@@ -156,7 +156,7 @@ def test_batches_that_shared_memory_cannot_hold_are_called_out(monkeypatch, caps
         monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
         prepare.check_shared_memory(job, conditions)
         said = capsys.readouterr().out
-        assert ("warning: 2 batches on their way take 0.0 GB" in said and "docker run --shm-size" in said) is warned
+        assert ("warning: the 2 batches that the loader keeps ready need 0.0 GB" in said and "docker run --shm-size" in said) is warned
 
 
 def test_a_store_of_tokens_says_its_size_first(llm_folder, tmp_path, monkeypatch, capsys):

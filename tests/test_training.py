@@ -218,7 +218,7 @@ def test_broken_pictures_are_listed_and_too_many_stop_the_run(tmp_path, llm_fold
 def test_a_forgotten_resume_does_not_overwrite_a_checkpoint(text_data, llm_folder, tmp_path):
     argv = flags(text_data, llm_folder(), tmp_path / "out", "--batch_size", 4, "--epochs", 1)
     run(*argv)
-    with pytest.raises(UserError, match="is there already; go on with it by --resume"):
+    with pytest.raises(UserError, match="exists already; to continue that run give --resume"):
         run(*argv)
 
 

@@ -168,7 +168,7 @@ def test_what_cannot_be_of_use_is_one_line():
     for origin, name, words in (
         ("JiT-B/16", "MMJiT-B/16", "is JiT-B, and --model MMJiT-B/16 is another network"),
         ("JiT-L/16", "JiT-B/16-Tokens", "is JiT-L"),
-        ("JiT-B/16-Tokens", "JiT-B/16-Text", "only the way from classes to tokens is open"),
+        ("JiT-B/16-Tokens", "JiT-B/16-Text", "weights can go from labels to pooled to tokens, but not back"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             check_origin(saved(torch.nn.Linear(1, 1), name=origin), name)
@@ -178,7 +178,7 @@ def test_what_cannot_be_of_use_is_one_line():
 
 
 def test_flags_that_contradict_are_one_line(tmp_path):
-    with pytest.raises(UserError, match="--init_from begins a run and --resume goes on"):
+    with pytest.raises(UserError, match="--init_from starts a new run and --resume continues one"):
         parse(["--init_from", "a", "--resume", "b", "--output_dir", "c"])
     assert parse(["--init_from", "a", "--resume", "b/", "--output_dir", "b"]).train.init_from == "a"
     with pytest.raises(UserError, match="--init_from is for training"):
@@ -200,7 +200,7 @@ def test_a_run_begins_with_a_checkpoint_and_goes_on_with_its_own(model, class_da
     assert {line.split()[0] for line in lines} == {"copied", "made", "dropped"} | new and len(lines) > 50
     run(*begin, "--epochs", "2")
     said = capsys.readouterr().out
-    assert "which was begun with --init_from" in said and "next epoch 1" in said and "tensors copied" not in said
+    assert "a run that was started with --init_from" in said and "next epoch 1" in said and "tensors copied" not in said
     assert weights(tmp_path / "out")["step"] == 4
     run(*begin[:-2], "--resume", str(tmp_path / "out"), "--epochs", "3")
     run(*begin, "--epochs", "4")  # it is still known what it was begun with

@@ -215,7 +215,7 @@ def test_weights_that_do_not_fit_are_one_line():
     for state, message in [
         ({}, "has no a"),
         ({"net.a": torch.zeros(2, 4)}, r"a is \(2, 4\), wanted \(2, 3\)"),
-        ({"net.a": torch.zeros(2, 3), "net.b": 1}, "b has no place"),
+        ({"net.a": torch.zeros(2, 3), "net.b": 1}, "the model has no b"),
     ]:
         with pytest.raises(UserError, match=message):
             checkpoint.without_prefix(state, expected, "file.pth")

@@ -25,13 +25,13 @@ def most(size: int) -> int:
 def check_allowed(lines: Sequence[str], policy: str) -> None:
     """Raises: UserError for a broken picture under --bad_images error."""
     if lines and policy == "error":
-        raise UserError(f"broken picture {lines[0]}; go on without such by --bad_images skip")
+        raise UserError(f"broken picture {lines[0]}; to skip broken pictures give --bad_images skip")
 
 
 def check_of_picture(name: str, error: Exception) -> None:
     """Raises: UserError for an error of the disk, the network or the memory, which says nothing about the picture."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None and error.errno not in LASTING):
-        raise UserError(f"{name} cannot be read now ({one_line(error) or 'no memory left'}); what is made stays, give the command again") from error
+        raise UserError(f"{name} cannot be read now ({one_line(error) or 'no memory left'}); run the command again: finished work is kept") from error
 
 
 class Broken:

@@ -198,7 +198,7 @@ def load(path: Path, flag: str = "--resume") -> dict[str, Any]:
                 raise
             return load(path, flag)  # a run has saved meanwhile
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{flag} {path}: no checkpoint of a JiT; wanted a dictionary with the key 'model'")
+        raise UserError(f"{flag} {path}: not a JiT checkpoint; wanted a dictionary with the key 'model'")
     state["args"] = vars(state["args"]) if isinstance(state.get("args"), argparse.Namespace) else state.get("args") or {}
     return state
 
@@ -227,12 +227,12 @@ def without_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
     state = {name.removeprefix(PREFIX): value for name, value in state.items()}
     for name in expected:
         if name not in state:
-            raise UserError(f"{source} does not fit the model: it has no {name}; are --model and the conditioning those it was trained with?")
+            raise UserError(f"{source} does not fit the model: the checkpoint has no {name}; is --model the one that it was trained with?")
         if state[name].shape != expected[name].shape:
             found, wanted = tuple(state[name].shape), tuple(expected[name].shape)
             raise UserError(f"{source} does not fit the model: {name} is {found}, wanted {wanted}; see --model, --img_size, --class_num")
     if extra := [name for name in state if name not in expected]:
-        raise UserError(f"{source} does not fit the model: {extra[0]} has no place in it; see --model")
+        raise UserError(f"{source} does not fit the model: the model has no {extra[0]}; see --model")
     return state
 
 

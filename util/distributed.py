@@ -114,7 +114,7 @@ def wait_at_most(limit: timedelta) -> None:
 def lost(error: RuntimeError) -> str:
     """What to say of a wait that gloo gave up."""
     said = re.sub(r"^\[\S*\] ", "", one_line(error))  # its source file
-    return f"rank {rank()} of {world_size()} has lost the others: one of them died, or hangs; it may have said why ({said})"
+    return f"rank {rank()} of {world_size()} lost contact with the others: one of them died or hangs; its own output may say why (here: {said})"
 
 
 @contextmanager

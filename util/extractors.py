@@ -128,7 +128,7 @@ def load_fidelity(network: FidelityNetwork, given: str | None, device: torch.dev
         raise UserError(f"{network.flag} {path} is not the same file on all nodes")
     if not digest.startswith(network.hash_prefix):
         say(f"warning: {path} is not the published file of {network.name} (SHA-256 {digest[:8]}..., wanted {network.hash_prefix}...); "
-            f"{network.used_for} compare with nothing measured elsewhere")  # fmt: skip
+            f"{network.used_for} cannot be compared with values measured elsewhere")  # fmt: skip
     return Extractor(f"{network.name} sha256:{digest}", module, device)
 
 
@@ -220,7 +220,7 @@ def load_clip(name: str, device: torch.device) -> Clip | None:
     except OSError as error:
         problem = one_line(error)
     if problems := [found for found in dist.gather_objects(problem) if found]:
-        say(f"CLIP score and R-precision are left out: --clip_model {name} cannot be had ({problems[0]})")
+        say(f"CLIP score and R-precision are left out: --clip_model {name} cannot be loaded ({problems[0]})")
         return None
     return clip
 

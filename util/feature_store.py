@@ -58,7 +58,7 @@ def write_file(path: Path, content: bytes, flag: str) -> None:
         write_whole(path, lambda file: file.write(content), shared=True)
     except OSError as error:
         raise UserError(
-            f"{flag} {path.parent} cannot be written to: {error.strerror}; what was stored before is whole. Make room, or name another folder"
+            f"{flag} {path.parent} cannot be written to: {error.strerror}; the features stored before are kept. Make room, or name another folder"
         ) from error
 
 
@@ -84,7 +84,7 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[st
             continue
         remedy = f"give {FLAGS[field]} {found}, or name" if field in FLAGS else "name"
         raise UserError(
-            f"{flag} {folder}: its features were made with {field} {found!r}, this run's would be with {value!r}; "
+            f"{flag} {folder}: its features were made with {field} {found!r}, but this run needs {value!r}; "
             f"{remedy} another folder (delete this one to encode its captions anew)"
         )
 
@@ -211,10 +211,10 @@ def open_shard(path: Path, settings: str) -> dict[str, np.ndarray]:
         raise UserError(f"--text_cache_dir {path.parent}: {path.name} is not seen by this process; do all nodes see the same folder?") from error
     except Exception as error:  # cut short, overwritten, not a shard: each its own exception
         raise UserError(
-            f"--text_cache_dir: {path} is damaged ({error}); delete it, and its captions are encoded anew (beside prepared pictures by prepare_data.py)"
+            f"--text_cache_dir: {path} is damaged ({error}); delete it, and its captions are encoded anew (if it lies beside shards of prepare_data.py, run prepare_data.py again)"
         ) from error
     if made_with != settings:
         raise UserError(
-            f"--text_cache_dir: {path} was made with other settings than {MANIFEST} says; delete it, and its captions are encoded anew (beside prepared pictures by prepare_data.py)"
+            f"--text_cache_dir: {path} was made with other settings than {MANIFEST} says; delete it, and its captions are encoded anew (if it lies beside shards of prepare_data.py, run prepare_data.py again)"
         )
     return shard

@@ -65,7 +65,7 @@ def compiler_lacks(device: torch.device, bf16: bool = False) -> str:
 
 @cache
 def tell_lacking(lacking: str) -> None:
-    say(f"warning: {lacking} is not here, so nothing is compiled and training takes about twice as long; --no-compile says that this is meant")
+    say(f"warning: {lacking} was not found, so nothing is compiled and training takes about twice as long; give --no-compile if you want that")
 
 
 def uses_compile(asked: bool | None, device: torch.device, bf16: bool = False, usual: bool = True) -> bool:
@@ -73,7 +73,7 @@ def uses_compile(asked: bool | None, device: torch.device, bf16: bool = False, u
     wanted = usual and device.type == "cuda" if asked is None else asked
     lacking = compiler_lacks(device, bf16) if wanted else ""
     if lacking and asked:
-        raise UserError(f"--compile needs {lacking}, which is not here; install it, or leave the flag out")
+        raise UserError(f"--compile needs {lacking}, which was not found; install it, or leave out --compile")
     if lacking:
         tell_lacking(lacking)  # once, though training and the drawing that goes with it ask both
     return wanted and not lacking

@@ -104,5 +104,5 @@ def read_parts(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape) for shape in shapes.values()
     )
     if not folder or not plain or Path(folder).name != folder or not (path.parent / folder).is_dir():
-        raise UserError(f"{path} wants its tensors from the folder {folder!r} beside it, which is not there")
+        raise UserError(f"{path} needs the folder {folder!r} next to it, which holds its tensors and is missing")
     return {name: {} for name in SECTIONS} | open_parts(path.parent / folder, shapes)

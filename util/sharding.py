@@ -20,9 +20,11 @@ from util.parts import Spread
 def check_layout(kind: str) -> None:
     """Raises: UserError where the processes cannot share the weights so."""
     if kind != "ddp" and not dist.in_group():
-        raise UserError(f"--parallel {kind} shares the weights out among processes; start them by torchrun")
+        raise UserError(f"--parallel {kind} shards the weights over several processes; start it with torchrun")
     if kind == "hsdp" and dist.world_size() % dist.local_world_size():
-        raise UserError(f"--parallel hsdp wants as many processes on every node; there are {dist.world_size()}, {dist.local_world_size()} of them here")
+        raise UserError(
+            f"--parallel hsdp needs the same number of processes on every node; there are {dist.world_size()} in all, {dist.local_world_size()} of them on this node"
+        )
 
 
 def mesh_of(kind: str, device: torch.device) -> DeviceMesh:

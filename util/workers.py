@@ -53,7 +53,7 @@ def loader_deaths() -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"a loader process died ({one_line(error)}); if that was for want of memory, lower --num_workers") from error
+        raise UserError(f"a loader process died ({one_line(error)}); if memory ran out, lower --num_workers") from error
 
 
 def in_processes(work: Callable[[Item], Result], items: Sequence[Item], count: int, remedy: str) -> Iterator[tuple[Item, Result]]:
