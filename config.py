@@ -435,7 +435,7 @@ class Train(Config):
     grad_checkpointing: str = flag(
         "off",
         "grad_checkpointing",
-        "`blocks`: keep only the inputs of each block and compute it again in the backward pass; a third more time, a fraction of the memory (docs/running.md)",
+        "`blocks`: keep only the inputs of each block and compute it again in the backward pass; about a third more time, a fraction of the memory (docs/running.md)",
         "`blocks` なら各ブロックの入力だけを保存し、逆伝播で計算し直します。時間は約 3 分の 1 増え、メモリは大きく減ります（docs/ja/running.md）",
         choices=("off", "blocks"),
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# JiT-B/16 on captioned pictures of 256 x 256 pixels: the place to start.
+# JiT-B/16 on captioned pictures of 256 x 256 pixels, each caption read as one vector: the smallest cost.
 #
 #   DATA=my_data OUT=output/b16_text GPUS=8 bash recipes/b16_256_text.sh [more flags]      (these are the defaults)
 #

@@ -18,8 +18,8 @@
 #
 # Cost, computed but for the first line (benchmarks/README.md, a training step on a GPU; 2026-11-28, compiled):
 #   measured        1,630 pictures/s on one H100 at batch 128, 19.1 GB at the peak: 4.3 hours per million pictures on eight if they scale
-#   forward         57 GFLOP per picture: 256 patches, and 77 tokens from block 4 on
-#   training        three times as much: 170 GFLOP per picture
+#   forward         56 GFLOP per picture: 256 patches, and 77 tokens from block 4 on
+#   training        three times as much: 169 GFLOP per picture
 #   per million pictures of data   0.17 EFLOP per epoch, 34 EFLOP for 200 epochs
 #   captions        254 GFLOP for 40 tokens in llm-jp-3-3.7b, once: 0.25 EFLOP for a million
 #   memory          2.7 GB per GPU for weights, two EMAs and AdamW in float32 (20 bytes x 132.8M parameters), gradients 0.5 GB,
