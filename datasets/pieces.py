@@ -11,7 +11,7 @@ from typing import NamedTuple
 from config import Data, PrepareJob
 from datasets.captioned import Rows
 from datasets.parquet import find_pictures
-from datasets.prepared import is_prepared, left_out
+from datasets.prepared import left_out
 from datasets.shards import Making, ShardWriter, prepare_shard, read_facts, shard_name
 from datasets.source import FORMATS, check_bad, check_columns, check_missing, files_of, format_of
 from datasets.tar import find_in_shard
@@ -38,9 +38,9 @@ def listed(data: Data) -> Rows:
 def pieces_of(job: PrepareJob) -> list[Piece]:
     """Tar and Parquet files one by one, without a look inside; the rows of a folder or a table some at a time.  Raises: UserError where there is nothing."""
     path = Path(job.data.path)
-    if job.data.format == "shards" or is_prepared(path):
-        raise UserError(f"--data_path {path} is prepared already; give the data that it was made of")
     kind = format_of(job.data)
+    if kind == "shards":
+        raise UserError(f"--data_path {path} is prepared already; give the data that it was made of")
     check_columns(job.data, kind)
     if kind in ("tar", "parquet"):
         found = [Piece(number, None, file) for number, file in enumerate(files_of(path, kind))]

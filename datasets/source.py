@@ -50,11 +50,10 @@ def open_pictures(data: Data, img_size: int) -> PictureDataset:
 def open_captioned(data: Data, view: View, seed: int = 0) -> CaptionedPictures:
     """Says what is there.  Collective.  Raises: UserError where it cannot be used, before any picture is opened."""
     path = Path(data.path)
-    if data.format == "shards" or (data.format == "auto" and is_prepared(path)):
-        check_columns(data, "shards")
-        return open_prepared(path, view, seed)
     kind = format_of(data)
     check_columns(data, kind)
+    if kind == "shards":
+        return open_prepared(path, view, seed)
     rows = FORMATS[kind](path, data)
     rows.root = rows.root or str(path if path.is_dir() else path.parent)
     check_missing(rows, data)
@@ -210,6 +209,8 @@ def format_of(data: Data) -> str:
         raise UserError(f"--data_path {path} is not there")
     if data.format != "auto":
         return data.format
+    if is_prepared(path):
+        return "shards"
     if path.suffix.lower() == ".parquet" and path.is_file():
         return "parquet" if holds_pictures(path, data.image_column) else "table"
     found = formats_of(path)

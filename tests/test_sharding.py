@@ -196,9 +196,8 @@ def test_parts_become_one_file_and_parts_again(tmp_path, capsys):
     dcp.load(found, storage_reader=HuggingFaceStorageReader(str(tmp_path / "checkpoint-step-3")), no_dist=True)  # others read it too
     assert all(torch.equal(found[name], value) for name, value in flat({part: state[part] for part in SECTIONS}))
     convert_checkpoint.main(["--resume", str(tmp_path / "b.pth"), "--out", str(tmp_path / "d.pth"), "--parts"])
-    assert all(
-        torch.equal(value, whole(dict(flat(checkpoint.load(tmp_path / "d.pth")))[name])) for name, value in flat({part: state[part] for part in SECTIONS})
-    )
+    copied = dict(flat(checkpoint.load(tmp_path / "d.pth")))
+    assert all(torch.equal(value, whole(copied[name])) for name, value in flat({part: state[part] for part in SECTIONS}))
     (tmp_path / "other.pth").write_bytes(b"of something else")
     checkpoint.remove_unused_parts(tmp_path)  # as a run that trains in this folder does
     assert checkpoint.load(tmp_path / "b.pth")["step"] == 3
